@@ -1,0 +1,52 @@
+# make train     set up, then train on CoLA:             make train ARGS="--seed 1 --out runs/mine"
+# make test      set up, then lint, types and tests:     make test ARGS="-k tree"
+# make install   only the set-up, into .venv:            make install PYTHON=/path/to/python3.12
+
+VENV := .venv
+PYTHON ?=
+ARGS ?=
+STAMP := $(VENV)/.installed
+
+# The stamp is written last and says what was installed and where, so that a failed or outdated set-up, or a folder
+# that was moved since, is never taken for a good one.
+WANTED := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
+HAVE := $(and $(wildcard $(VENV)/bin/python),$(shell cat $(STAMP) 2>/dev/null))
+
+.PHONY: install set-up train lint test
+.DEFAULT_GOAL := install
+
+ifeq ($(HAVE),$(WANTED))
+install:
+	@:
+else
+install: set-up
+endif
+
+set-up:
+	@rm -f $(STAMP)
+	@if $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then exit 0; fi; \
+	candidates="$(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python)"; \
+	for candidate in $$candidates; do \
+		if "$$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "setting up $(VENV) with $$("$$candidate" --version) (once; this downloads PyTorch)"; \
+			exec "$$candidate" -m venv --clear $(VENV); \
+		fi; \
+	done; \
+	echo "fastppo needs Python 3.11 or newer with its venv module; tried: $$candidates" >&2; \
+	echo "Install it (Debian, Ubuntu: apt install python3 python3-venv), or say where it is: make PYTHON=/path/to/python3" >&2; \
+	exit 1
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]' \
+		|| { echo "fastppo: the installation failed (see above); the same command tries again" >&2; exit 1; }
+	@echo '$(WANTED)' > $(STAMP)
+
+train: install
+	@$(VENV)/bin/python -m fastppo train --task cola $(ARGS)
+
+lint: install
+	@$(VENV)/bin/python -m ruff check .
+	@$(VENV)/bin/python -m mypy
+
+# One thread per process: two workers share the cores, and threads inside each would only get in their way.
+test: lint
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)

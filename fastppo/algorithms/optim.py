@@ -1,0 +1,47 @@
+"""The optimizer and its schedule, with a state that safetensors can hold."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def make_optimizer(parameters: list[nn.Parameter], lr: float, eps: float) -> torch.optim.AdamW:
+    """AdamW without weight decay: adapters start at zero effect and need no pull towards it."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0)
+
+
+def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
+    """Factor on the learning rate at ``step`` of ``total`` (from 0): a linear warm-up, then ``schedule``."""
+    rising = math.ceil(total * warmup)
+    if step < rising:
+        return (step + 1) / rising
+    if schedule == "constant":
+        return 1.0
+    progress = (step - rising) / max(1, total - rising)
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and step counts by ``place/name``; parameters that never got a gradient have none."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{i}/{name}": value.detach().cpu().contiguous().clone()
+        for i, p in enumerate(parameters)
+        for name, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in tensors.items():
+        place, name = key.split("/")
+        parameter = parameters[int(place)]
+        optimizer.state[parameter][name] = value.clone() if name == "step" else value.to(parameter.device, copy=True)

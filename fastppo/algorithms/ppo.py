@@ -1,0 +1,169 @@
+"""PPO: from a sampled rollout to advantages, and from advantages to an updated policy and critic.
+
+Clipped surrogate and value losses of Schulman et al. 2017 (arXiv 1707.06347), generalised advantages of Schulman et al. 2016
+(arXiv 1506.02438), the KL penalty of Ziegler et al. 2019 (arXiv 1909.08593).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastppo.batch.rollout import MicroBatch, MiniBatch, Rollout
+from fastppo.config import Config
+from fastppo.errors import UserError
+from fastppo.model.actor_critic import ActorCritic
+from fastppo_kernels import gae, ppo_policy_loss, ppo_value_loss, reduce_metrics, whiten
+
+
+class Estimates(NamedTuple):
+    """kl: mean over samples of the summed log-ratio to the reference, in nats (0 where no reference is needed).
+    sampler_gap: largest |sampler log-prob - trainer log-prob| over all sampled tokens, in nats."""
+
+    kl: float
+    sampler_gap: float
+
+
+def needs_reference(config: Config) -> bool:
+    return config.ppo.kl_coef > 0
+
+
+@torch.no_grad()
+def estimate(
+    model: ActorCritic,
+    minibatches: list[MiniBatch],
+    rollout: Rollout,
+    rewards: list[float],
+    kl_coef: float,
+    config: Config,
+) -> Estimates:
+    """Fill every micro-batch with old log-probs, old values, reference log-probs, advantages and returns.
+
+    rewards: one for each sample; it goes to the sample's last token. With ``kl_estimator="k1"`` every token's reward is
+    lowered by ``kl_coef * (log-prob - reference log-prob)``.
+    """
+    parts = [part for mini in minibatches for part in mini.parts]
+    kl_sum, gap = 0.0, 0.0
+    for part in parts:
+        scores = model.forward(part.tree, temperature=config.sample.temperature)
+        sampled = torch.tensor([x for i in part.samples for x in rollout.samples[i].logprobs], device=model.device)
+        worst = float((sampled - scores.logprob).abs().max())
+        if not math.isfinite(worst):
+            raise UserError("log-probabilities are no longer finite: the policy has diverged; lower --ppo-lr")
+        gap = max(gap, worst)
+        part.known = {
+            "old_logprob": scores.logprob if config.ppo.old_logprobs == "trainer" else sampled,
+            "old_values": scores.values,
+        }
+        token_rewards = torch.zeros_like(scores.logprob)
+        ends = part.tree.cu_actions[1:].long() - 1
+        token_rewards[ends] = torch.tensor([rewards[i] for i in part.samples], device=model.device)
+        if needs_reference(config):
+            reference = model.reference_logprob(part.tree, temperature=config.sample.temperature)
+            log_ratio = scores.logprob - reference
+            kl_sum += float(log_ratio.sum())
+            part.known["ref_logprob"] = reference
+            if config.ppo.kl_estimator == "k1":
+                token_rewards -= kl_coef * log_ratio
+        part.known["advantages"], part.known["returns"] = gae(
+            token_rewards, scores.values, part.tree.cu_actions, gamma=config.ppo.gamma, lam=config.ppo.lam
+        )
+    if config.ppo.whiten:  # over the whole batch, not a mini-batch: its mean is the baseline of all
+        white = whiten(torch.cat([part.known["advantages"] for part in parts]))
+        for part, advantages in zip(parts, white.split([p.tree.n_actions for p in parts]), strict=True):
+            part.known["advantages"] = advantages
+    return Estimates(kl_sum / len(rollout.samples), gap)
+
+
+def update(
+    model: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    minibatches: list[MiniBatch],
+    kl_coef: float,
+    config: Config,
+    rng: np.random.Generator,
+    *,
+    critic_only: bool,
+) -> dict[str, float]:
+    """Epochs over the mini-batches, an optimizer step each.
+
+    Returns:
+        Means over all actions seen (see ``reduce_metrics``), ``grad_norm`` (mean, before clipping), ``steps`` taken, and
+        ``first_log_ratio``: the largest |log-prob - old log-prob| at the first step, before anything was changed.
+    """
+    seen, norms, first_log_ratio = [], [], None
+    for _ in range(config.ppo.epochs):
+        for m in rng.permutation(len(minibatches)).tolist():
+            metrics = []
+            optimizer.zero_grad(set_to_none=True)
+            for part in minibatches[m].parts:
+                loss, part_metrics = _loss(model, part, minibatches[m].n_actions, kl_coef, config, critic_only)
+                loss.backward()
+                metrics.append(part_metrics)
+            norm = torch.nn.utils.clip_grad_norm_(model.trainable(critic_only=critic_only), config.ppo.max_grad_norm)
+            optimizer.step()
+            norms.append(norm)
+            seen += metrics
+            if first_log_ratio is None and not critic_only:
+                first_log_ratio = torch.stack([x["log_ratio_max"] for x in metrics]).max()
+            if config.ppo.target_kl is not None and not critic_only:
+                if float(reduce_metrics(metrics)["approx_kl"]) > config.ppo.target_kl:
+                    return _reduced(seen, norms, first_log_ratio)
+    return _reduced(seen, norms, first_log_ratio)
+
+
+def _loss(
+    model: ActorCritic, part: MicroBatch, n_actions: int, kl_coef: float, config: Config, critic_only: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The micro-batch's share of its mini-batch's loss, and its metrics as sums."""
+    known = part.known
+    if critic_only:
+        value_loss, metrics = ppo_value_loss(
+            model.values(part.tree),
+            known["old_values"],
+            known["returns"],
+            clip=config.value.clip,
+            denominator=n_actions,
+        )
+        return value_loss, metrics
+    scores = model.forward(part.tree, temperature=config.sample.temperature)
+    in_loss = config.ppo.kl_estimator != "k1" and needs_reference(config)
+    policy_loss, metrics = ppo_policy_loss(
+        scores.logprob, known["old_logprob"], known["advantages"],
+        clip_low=config.ppo.clip, clip_high=config.ppo.clip,
+        entropy=scores.entropy, entropy_coef=config.ppo.entropy_coef,
+        ref_logprob=known["ref_logprob"] if in_loss else None, kl_coef=kl_coef if in_loss else 0.0,
+        kl_estimator="k2" if config.ppo.kl_estimator == "k2" else "k3", denominator=n_actions,
+    )  # fmt: skip
+    value_loss, value_metrics = ppo_value_loss(
+        scores.values, known["old_values"], known["returns"], clip=config.value.clip, denominator=n_actions
+    )
+    metrics |= value_metrics
+    metrics["log_ratio_max"] = (scores.logprob.detach() - known["old_logprob"]).abs().max().double()
+    return policy_loss + config.value.coef * value_loss, metrics
+
+
+def _reduced(
+    seen: list[dict[str, torch.Tensor]], norms: list[torch.Tensor], first_log_ratio: torch.Tensor | None
+) -> dict[str, float]:
+    reduced = reduce_metrics(seen)
+    names = [
+        n for n in reduced if n not in ("count", "value_count", "value_error", "value_error_square", "return_square")
+    ]
+    values = torch.stack([reduced[n] for n in names] + [torch.stack(norms).mean().double()]).tolist()
+    result = dict(zip([*names, "grad_norm"], values, strict=True))
+    result["steps"] = len(norms)
+    if first_log_ratio is not None:
+        result["first_log_ratio"] = float(first_log_ratio)
+    return result
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, samples: int, config: Config) -> float:
+    """The controller of Ziegler et al. 2019, section 2.2: a bounded proportional step towards ``kl_target``."""
+    if config.ppo.kl_target is None:
+        return kl_coef
+    error = min(max(kl / config.ppo.kl_target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * samples / config.ppo.kl_horizon)

@@ -1,0 +1,46 @@
+"""Supervised fine-tuning on answers: cross-entropy of the answer's tokens and end token, prompts carry no loss."""
+
+from __future__ import annotations
+
+import torch
+
+from fastppo.batch.rollout import pack
+from fastppo.config import Config
+from fastppo.model.actor_critic import ActorCritic
+
+
+def sft_step(
+    model: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+) -> dict[str, float]:
+    """One optimizer step on prompts and their answers (token ids). The loss is the mean over answer tokens.
+
+    Returns:
+        loss (nats per token), grad_norm, tokens_tree and tokens_padded.
+    """
+    parts = pack(
+        prompts,
+        list(enumerate(answers)),
+        budget=config.micro_batch_tokens,
+        padded=not model.backbone.packed,
+        device=model.device,
+    )
+    total = sum(part.tree.n_actions for part in parts)
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum = torch.zeros((), device=model.device)
+    for part in parts:
+        logprob, _ = model.policy_logprob(part.tree, temperature=1.0)
+        loss = -logprob.sum() / total
+        loss.backward()
+        loss_sum += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.trainable(), config.ppo.max_grad_norm)
+    optimizer.step()
+    return {
+        "loss": float(loss_sum),
+        "grad_norm": float(norm),
+        "tokens_tree": sum(part.tree.n_tokens for part in parts),
+        "tokens_padded": sum(part.tree.padded_tokens for part in parts),
+    }

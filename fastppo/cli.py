@@ -1,0 +1,202 @@
+"""The command line: `fastppo train | eval | export`. Nothing heavy is imported before a command runs."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastppo import __version__, config, files
+from fastppo.errors import Interrupted, UserError, printable
+
+EXIT_USER_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser() -> tuple[_Parser, _Parser]:
+    """The whole command line's parser, and that of `train`."""
+    parser = _Parser(prog="fastppo", description="PPO and LoRA for language models on one GPU.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fastppo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train a model on a task",
+        description="Supervised warm start, then PPO. Settings come from defaults, then --config, then flags.",
+        usage="fastppo train [--config FILE] [--SETTING VALUE ...] | --resume RUN",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", metavar="FILE", type=Path, help="settings in a YAML or TOML file")
+    train.add_argument(
+        "--resume", metavar="RUN", type=Path, help="go on with an interrupted run, with its own settings"
+    )
+    groups = {"": train.add_argument_group("run")}
+    for section, cls in config.SECTIONS.items():
+        groups[section] = train.add_argument_group(section, (cls.__doc__ or "").strip())
+    for setting in config.SETTINGS.values():
+        _add_flag(groups[setting.section], setting)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run's adapter", allow_abbrev=False)
+    evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    evaluate.add_argument("--data", metavar="D", help="data folder, file or hub name (default: the run's)")
+    evaluate.add_argument("--split", choices=("dev", "train"), default="dev", help="(default: dev)")
+    evaluate.add_argument("--limit", metavar="N", help="use only the first N examples")
+
+    export = commands.add_parser("export", help="write a run's adapter, or a merged model", allow_abbrev=False)
+    export.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    export.add_argument("--to", metavar="DIR", type=Path, required=True, help="folder to make")
+    export.add_argument("--merged", action="store_true", help="the whole model with the adapter merged in")
+    return parser, train
+
+
+def _add_flag(group: Any, setting: config.Setting) -> None:
+    shown = setting.default if setting.default != () else "none"
+    options: dict[str, Any] = {"dest": setting.key, "default": argparse.SUPPRESS}
+    if setting.kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+        shown = "on" if setting.default else "off"
+    else:
+        choices = "{" + ",".join(setting.rule.choices) + "}" if setting.rule.choices else None
+        options["metavar"] = choices or {int: "N", float: "X", str: "TEXT", tuple: "TEXT"}[setting.kind]
+    text = setting.rule.help if setting.default is None else f"{setting.rule.help} (default: {shown})"
+    group.add_argument(setting.flag, help=text.replace("%", "%%"), **options)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser, train = _parser()
+    if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]}{config.suggest(argv[0], list(COMMANDS))}; see fastppo --help")
+    flags = {flag: action for action in train._actions for flag in action.option_strings}
+    joined: list[str] = []
+    for word in argv:
+        # argparse takes a value such as -1e-3 or -inf for a flag; --flag=-inf it understands.
+        last = joined[-1] if joined else ""
+        if last in flags and flags[last].nargs is None and word[:1] == "-" and word[:2] != "--":
+            joined[-1] = f"{last}={word}"
+        else:
+            joined.append(word)
+    args, unknown = parser.parse_known_args(joined)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        what = "flag" if flag.startswith("-") else "argument"
+        known = list(flags) if args.command == "train" else []
+        raise UserError(f"{args.command}: unknown {what} {flag}{config.suggest(flag, known)}")
+    return args
+
+
+def _console() -> Any:
+    from fastppo.track import Console
+
+    return Console()
+
+
+def _train(args: argparse.Namespace) -> None:
+    given = {key: value for key, value in vars(args).items() if key in config.SETTINGS}
+    overrides = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given.items()}
+    if args.resume:
+        for flag, wrong in (("--config", args.config), ("--out", overrides.get("out"))):
+            if wrong:
+                raise UserError(f"{flag}: {wrong} is not allowed with --resume; the run folder holds its settings")
+        run = _existing(args.resume)
+    else:
+        settings = config.load_config(overrides, args.config)
+        run = _new_run(settings)
+    try:
+        from fastppo import trainer
+
+        if args.resume:
+            trainer.resume(run, overrides, _console())
+        else:
+            trainer.train(settings, run, _console())
+    except (Interrupted, KeyboardInterrupt) as stop:
+        began = (run / "config.yaml").exists()
+        signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
+        raise Interrupted(signum, f"go on with: {_resume(run)}" if began else "nothing was trained yet") from None
+
+
+def _resume(run: Path) -> str:
+    return f"fastppo train --resume {shlex.quote(str(run))}"
+
+
+def _new_run(settings: config.Config) -> Path:
+    if settings.out:
+        run = Path(settings.out)
+        if not files.is_unused(run):
+            go_on = f", or go on with it: {_resume(run)}" if (run / "config.yaml").exists() else ""
+            raise UserError(f"--out: {run} exists and is not empty; choose another folder{go_on}")
+        return run
+    name = Path("runs", f"{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run, n = name, 1
+    while not files.is_unused(run):
+        n += 1
+        run = name.with_name(f"{name.name}-{n}")
+    return run
+
+
+def _existing(run: Path) -> Path:
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"run folder {run}: " + ("has no config.yaml, so no run began there" if run.exists() else "no such folder")
+        )
+    return run
+
+
+def _eval(args: argparse.Namespace) -> None:
+    run = _existing(args.run)
+    limit = None
+    if args.limit is not None:
+        if not (args.limit.isascii() and args.limit.isdigit() and int(args.limit) > 0):
+            raise UserError(f"--limit: {args.limit!r} is not allowed; expected a whole number, 1 or more")
+        limit = int(args.limit)
+    from fastppo import evaluate
+
+    evaluate.evaluate_run(run, args.data, args.split, limit, _console())
+
+
+def _export(args: argparse.Namespace) -> None:
+    run = _existing(args.run)
+    if not files.is_unused(args.to):
+        raise UserError(f"--to: {args.to} exists and is not empty; choose another folder")
+    from fastppo import export
+
+    export.export_run(run, args.to, args.merged, _console())
+
+
+COMMANDS = {"train": _train, "eval": _eval, "export": _export}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+    try:
+        try:
+            args = _parse(sys.argv[1:] if argv is None else argv)
+            COMMANDS[args.command](args)
+        except SystemExit as done:  # --help and --version
+            if done.code:
+                raise
+        sys.stdout.flush()
+    except UserError as error:
+        return _say(f"error: {error}", EXIT_USER_ERROR)
+    except Interrupted as stop:
+        return _say(str(stop), 128 + stop.signum)
+    except KeyboardInterrupt:
+        return _say("stopped by SIGINT", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader left (`| head`). Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return 0
+
+
+def _say(line: str, status: int) -> int:
+    print(f"fastppo: {printable(line)}", file=sys.stderr)
+    return status

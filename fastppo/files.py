@@ -1,0 +1,255 @@
+"""Files of a run folder: whole or not there, whatever happens while they are written.
+
+A file is filled under a temporary name (`.NAME.PID.tmp`) beside its place, synced to the disk, and renamed into place.
+What a killed run leaves under a temporary name is no part of the run; `lock_run` removes it at the next start.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastppo.errors import UserError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "allow writing there, or choose another folder",
+    errno.EPERM: "allow writing there, or choose another folder",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full, read-only or forbidden disk into a UserError of one line that names `path` and says how to go on.
+
+    Covers safetensors, whose errors carry the system's number as text. `torch.save` to a file hides it: save to memory
+    and give the bytes to `write_bytes`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else _os_error_in_text(str(error))
+        if code not in _ADVICE:
+            raise
+        raise UserError(
+            f"cannot write {path}: {os.strerror(code)}; everything saved before is intact; "
+            f"{_ADVICE[code]}, then run again (a run that had begun: fastppo train --resume RUN)"
+        ) from error
+
+
+def _os_error_in_text(text: str) -> int | None:
+    for code in _ADVICE:
+        if f"(os error {code})" in text or os.strerror(code) in text:
+            return code
+    return None
+
+
+def _sync(path: Path) -> None:
+    # For a folder too: a rename is on the disk only once the folder that holds the name is.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes the file whole: after a crash at any instant, `path` holds the old content or the new."""
+    with disk_errors(path):
+        fresh = _temporary(path)
+        try:
+            fresh.write_bytes(data)
+            _sync(fresh)
+            os.replace(fresh, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_bytes` for JSON, indented; numbers that are not finite become null."""
+    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: numpy and torch scalars as numbers, paths as text, numbers that are not finite as null."""
+    if hasattr(value, "item") and not isinstance(value, (dict, list, tuple)):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill; at the end of the block it takes the place of `path`, whole.
+
+    A folder that stands at `path` is set aside for the instant between two renames, and `lock_run` puts it back if the
+    process dies in that instant. If the block raises, `path` stays as it was.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh, aside = _temporary(path), path.with_name(f".{path.name}.old")
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            fresh.mkdir()
+            yield fresh
+            for folder, _, names in os.walk(fresh, topdown=False):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            if path.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(path, aside)
+            os.rename(fresh, path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clean(run: Path) -> None:
+    """Removes what killed runs left under temporary names, and puts back a folder that was being replaced."""
+    for folder, folders, names in os.walk(run):
+        for name in [*names, *folders]:
+            path = Path(folder, name)
+            if name.startswith(".") and name.endswith(".tmp"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif name.startswith(".") and name.endswith(".old") and path.is_dir():
+                place = path.with_name(name[1 : -len(".old")])
+                shutil.rmtree(path) if place.exists() else path.rename(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+@contextlib.contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Makes the run folder if need be, keeps it for this process alone, and removes what killed runs left in it.
+
+    The lock is the kernel's (flock on `RUN/.lock`), so it ends with the process, however that ends.
+
+    Raises:
+        UserError: another process trains in the folder.
+    """
+    with disk_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(20).strip()
+            who = f"process {holder}" if holder.isdigit() else "another process"
+            raise UserError(f"run folder {run}: in use by {who}; wait for it, or choose another --out") from None
+        with disk_errors(run):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            _clean(run)
+        yield
+
+
+def is_unused(run: Path) -> bool:
+    """Whether a new run may begin there: no folder, or nothing in it but the lock of a run that never began."""
+    try:
+        return all(entry.name == ".lock" for entry in run.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise UserError(f"run folder {run}: cannot be used: {error.strerror}") from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file. A last line that was cut off is left out.
+
+    Raises:
+        UserError: a line that is no JSON object (the message names the file and the line), or no such file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+class JsonLines:
+    """A file of one JSON object per line, only ever appended to, or cut back to where a checkpoint was taken."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes the file; a last line that a killed run left cut off is removed."""
+        self.path = path
+        with disk_errors(path):
+            self._file = open(path, "ab+", buffering=0)  # no buffer that a full disk would leave half written
+            self._file.seek(0)
+            data = self._file.readall()
+            self._lines = data.count(b"\n")
+            self._file.truncate(data.rfind(b"\n") + 1)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds one line and hands it to the operating system, so that it outlives this process."""
+        line = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+        rest = memoryview(line.encode("utf-8", errors="backslashreplace"))
+        with disk_errors(self.path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        self._lines += 1
+
+    def tell(self) -> int:
+        """How many lines there are; they are on the disk, not only with the operating system, when this returns."""
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
+        return self._lines
+
+    def truncate_to(self, n_lines: int) -> None:
+        """Keeps the first `n_lines` lines, those that a checkpoint knows of.
+
+        Raises:
+            UserError: the file has fewer lines.
+        """
+        with disk_errors(self.path):
+            self._file.seek(0)
+            lines = self._file.readall().splitlines(keepends=True)
+            if len(lines) < n_lines:
+                raise UserError(f"{self.path}: has {len(lines)} lines, but the checkpoint was taken after {n_lines}")
+            self._file.truncate(sum(map(len, lines[:n_lines])))
+        self._lines = n_lines
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

@@ -1,0 +1,100 @@
+"""The bridge from transformers' attention interface to the packed tree and to the sampler's cache.
+
+A model whose attention implementation is ``fastppo`` is called with ``fastppo_context=...``; transformers hands the keyword
+through to every attention layer, and the context decides what the layer's queries attend to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from fastppo_kernels.attention import TreeLayout, attention, decode_attention
+
+NAME = "fastppo"
+
+
+class AttentionContext(Protocol):
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """q [T, H, D], k and v [T, Hkv, D] of this call's tokens -> [T, H, D]."""
+
+
+class TreeContext:
+    """Attention over a packed tree; optionally after a prefix computed before, optionally keeping keys and values.
+
+    Args:
+        layout: the tree's.
+        past: per layer (k, v), each [layout.past, Hkv, D].
+        keep: store each layer's (k, v) of this call's tokens in ``kept``.
+    """
+
+    def __init__(self, layout: TreeLayout, past: list[tuple[Tensor, Tensor]] | None = None, keep: bool = False):
+        self.layout, self.past, self.keep = layout, past, keep
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.calls = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.calls += 1
+        if self.keep:
+            self.kept[layer] = (k, v)
+        if self.past is not None:
+            k, v = (torch.cat([old, new]) for old, new in zip(self.past[layer], (k, v), strict=True))
+        return attention(q, k, v, self.layout, **options)
+
+
+class DecodeContext:
+    """One new token for each of the first ``n`` slots of a cache.
+
+    Args:
+        root: per layer (k, v) [C, Hkv, D], the prefix that all slots share.
+        own: per layer (k, v) [slots, Hkv, L, D], written here at each slot's place ``lengths - 1``.
+        lengths: [n] int64, own tokens of each slot, the new one included. longest: their maximum.
+    """
+
+    def __init__(
+        self, root: list[tuple[Tensor, Tensor]], own: list[tuple[Tensor, Tensor]], lengths: Tensor, longest: int
+    ):
+        self.root, self.own, self.lengths, self.longest = root, own, lengths, longest
+        self.slots = torch.arange(lengths.shape[0], device=lengths.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        k_own, v_own = self.own[layer]
+        k_own[self.slots, :, self.lengths - 1] = k
+        v_own[self.slots, :, self.lengths - 1] = v
+        n = self.lengths.shape[0]
+        k_own, v_own = k_own[:n, :, : self.longest], v_own[:n, :, : self.longest]
+        return decode_attention(q, *self.root[layer], k_own, v_own, self.lengths, **options)
+
+
+def _interface(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    fastppo_context: AttentionContext | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query [1, H, T, D] -> [1, T, H, D]."""
+    if fastppo_context is None:
+        raise RuntimeError(
+            "the attention implementation 'fastppo' needs fastppo_context: call the model through fastppo"
+        )
+    if s_aux is not None or dropout:
+        raise NotImplementedError("attention sinks and attention dropout are not supported on the packed path")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = fastppo_context.attend(layer, q, k, v, scale=scaling, window=sliding_window, softcap=softcap)
+    return out[None], None
+
+
+AttentionInterface.register(NAME, _interface)

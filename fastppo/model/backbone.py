@@ -1,0 +1,145 @@
+"""A model's trunk as a function from a TokenTree to hidden states, packed where possible and padded where not."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastppo.batch.token_tree import TokenTree, build_tree
+from fastppo.errors import UserError
+from fastppo.model import attention as tree_attention
+from fastppo_kernels import linear_logprob
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head: ``softcap * tanh(scale * (hidden W^T + bias) / softcap)``.
+
+    weight: [V, H]; bias: [V] or None; scale: factor on the logits; softcap: None or the cap (Gemma 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """[R, V] fp32."""
+        logits = nn.functional.linear(hidden_RH.to(self.weight.dtype), self.weight, self.bias).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logprob(
+        self, hidden_RH: Tensor, targets_A: Tensor, rows_A: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target and entropy of its row, both [A] fp32, at the sampling temperature."""
+        out = linear_logprob(
+            hidden_RH,
+            self.weight,
+            targets_A,
+            rows_A=rows_A,
+            bias=self.bias,
+            temperature=temperature,
+            softcap=self.softcap,
+            logit_scale=self.scale,
+        )
+        return out[0], out[1]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a causal language model with the factors its architecture puts on the logits."""
+    layer = model.get_output_embeddings()
+    if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
+        raise UserError(f"model {model.name_or_path!r}: no language-model head found; a decoder (causal LM) is needed")
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+class Backbone:
+    """Hidden states of a tree's tokens, ``hidden(tree) -> [T, H]``, the same numbers on both paths.
+
+    ``packed``: whether the model's attention goes through transformers' attention interface, so that each token of the
+    tree is computed once. Otherwise the tree's leaves run as a right-padded batch (for example MPT with its ALiBi).
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.trunk: nn.Module = model.base_model
+        self.accepts_positions = "position_ids" in inspect.signature(type(self.trunk).forward).parameters
+        self.head = head_of(model)
+        self.packed = self._choose_path()
+
+    def hidden(self, tree: TokenTree) -> Tensor:
+        if self.packed:
+            return self.run(tree.token_ids, tree.positions, tree_attention.TreeContext(tree.layout))
+        return self._padded(tree)
+
+    def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any) -> Tensor:
+        """One packed call of the trunk: hidden states [T, H]. Only where ``packed``."""
+        out = self.trunk(
+            input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, fastppo_context=context
+        )
+        return out.last_hidden_state[0]
+
+    def _padded(self, tree: TokenTree) -> Tensor:
+        paths = tree.paths
+        lengths = (paths >= 0).sum(1)
+        ends = paths[np.arange(len(paths)), lengths - 1]
+        inner = np.setdiff1d(paths[:, :-1][paths[:, 1:] >= 0], [-1])
+        _, first = np.unique(ends, return_index=True)
+        leaves = first[~np.isin(ends[first], inner)]  # sequences that no other one continues: they hold every token
+        rows, places = paths[leaves], np.nonzero(paths[leaves] >= 0)
+        device = tree.token_ids.device
+        rows_t = torch.as_tensor(np.maximum(rows, 0), device=device)
+        mask = torch.as_tensor(rows >= 0, device=device)
+        ids = torch.where(mask, tree.token_ids[rows_t], 0)
+        out = self.trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        # Each row's state is taken from the first leaf that passes through it; the others hold equal copies.
+        row, place = np.unique(rows[places], return_index=True)
+        assert len(row) == tree.n_tokens
+        flat = torch.as_tensor(places[0][place] * rows.shape[1] + places[1][place], device=device)
+        return out.flatten(0, 1)[flat]
+
+    @torch.no_grad()
+    def _choose_path(self) -> bool:
+        """Try a tiny tree both ways; the packed path is taken when the model's own forward agrees with it."""
+        rng = np.random.default_rng(0)
+        vocab = min(self.head.weight.shape[0], self.model.get_input_embeddings().weight.shape[0])
+        stem = rng.integers(vocab, size=9).tolist()
+        sequences = [stem[:6] + rng.integers(vocab, size=n).tolist() for n in (1, 3)] + [stem]
+        device = self.head.weight.device
+        tree = build_tree(sequences, device=device)
+        own = [self.model(torch.tensor([s], device=device), use_cache=False).logits[0].float() for s in sequences]
+        tolerance = 1e-3 if self.head.weight.dtype == torch.float32 else 0.15
+        original = self.model.config._attn_implementation
+        try:
+            self.model.set_attn_implementation(tree_attention.NAME)
+            context = tree_attention.TreeContext(tree.layout)
+            hidden = self.run(tree.token_ids, tree.positions, context)
+            if context.calls and self._agrees(tree, hidden, own, tolerance):
+                return True
+        except Exception:  # any architecture may refuse in its own way; the padded path below is the answer to all
+            pass
+        self.model.set_attn_implementation(original)
+        if not self._agrees(tree, self._padded(tree), own, tolerance):
+            raise UserError(
+                f"model {self.model.name_or_path!r} ({type(self.model).__name__}): its logits are not those of its last "
+                "hidden state and head, so log-probabilities would be wrong; this architecture is not supported"
+            )
+        return False
+
+    def _agrees(self, tree: TokenTree, hidden: Tensor, own: list[Tensor], tolerance: float) -> bool:
+        logits = self.head.logits(hidden)
+        for path, expected in zip(tree.paths, own, strict=True):
+            got = logits[torch.as_tensor(path[path >= 0], device=logits.device)]
+            worst = (got.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
+            if not worst <= tolerance * (1 + expected.abs().max()):
+                return False
+        return True

@@ -1,0 +1,111 @@
+"""Loading a frozen base and its tokenizer, with one clear line for everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from fastppo.builtin import MODEL_DIR
+from fastppo.config import Config
+from fastppo.errors import UserError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model in evaluation mode, its tokenizer, and the ids that end an answer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    name: str
+
+
+def pick_device(setting: str) -> torch.device:
+    """``auto`` is the first GPU, or the CPU; a GPU that is not there is an error."""
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(setting)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(
+            f"--device: {setting!r} is not here; torch sees {torch.cuda.device_count()} GPUs, use cpu or auto"
+        )
+    return device
+
+
+def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
+    if setting == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[setting]
+
+
+def load_base(config: Config) -> Base:
+    """The base model and tokenizer that the settings name, on their device, frozen.
+
+    Raises:
+        UserError: no such folder, no configuration, weights that are missing, damaged or do not fit, no decoder, a
+            tokenizer that is missing or has no end-of-sequence token.
+    """
+    source = str(MODEL_DIR) if config.model is None else config.model
+    shown = "the built-in model" if config.model is None else f"model {config.model!r}"
+    folder = Path(source)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{shown}: is a file; expected a folder with config.json, weights and tokenizer, or a hub name")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{shown}: the folder has no config.json; expected a model saved with save_pretrained")
+    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise UserError(f"{shown}: no such folder")
+    device = pick_device(config.device)
+    options = {"trust_remote_code": config.trust_remote_code, "dtype": pick_dtype(config.dtype, device)}
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    except Exception as error:  # transformers, safetensors and torch each raise kinds of their own for a damaged folder
+        raise UserError(f"{shown}: cannot be loaded: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{shown}: the weights lack {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]!r}; "
+            "expected the full weights of a decoder"
+        )
+    tokenizer = _load_tokenizer(source, shown, config.trust_remote_code)
+    model.requires_grad_(False)
+    model.eval()
+    model.to(device)
+    return Base(model, tokenizer, _eos_ids(model, tokenizer, shown), source)
+
+
+def _load_tokenizer(source: str, shown: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise UserError(f"{shown}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{shown}: its tokenizer has no end-of-sequence token (eos_token), so no answer could ever end")
+    return tokenizer
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shown: str) -> tuple[int, ...]:
+    """The tokenizer's end token first (what SFT teaches), then those that generation also stops at."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    others = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    ids = tuple(dict.fromkeys([tokenizer.eos_token_id, *others]))
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= rows:
+        raise UserError(f"{shown}: end token {max(ids)} is outside its vocabulary of {rows}")
+    return ids
+
+
+def first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:240] + "...") if len(text) > 240 else text or type(error).__name__

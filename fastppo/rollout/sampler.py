@@ -1,0 +1,135 @@
+"""The in-process sampler: the trainer's own weights and adapters, batches that refill as sequences end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.batch.rollout import Rollout, Sample
+from fastppo.config import Config
+from fastppo.model.actor_critic import ActorCritic
+from fastppo.rollout.decoder import make_decoder
+from fastppo_kernels import sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy (log-probs are then at temperature 1)."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 4
+    stop: tuple[str, ...] = ()
+    slots: int = 512
+
+    @staticmethod
+    def of(config: Config) -> Sampling:
+        s = config.sample
+        return Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, s.stop, s.slots)
+
+    @staticmethod
+    def greedy(config: Config) -> Sampling:
+        s = config.sample
+        return Sampling(0.0, 0, 1.0, s.max_new_tokens, s.stop, s.slots)
+
+
+@dataclass
+class _Running:
+    index: int  # place in the result
+    prompt: int
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@torch.no_grad()
+def generate(
+    model: ActorCritic,
+    prompts: list[list[int]],
+    samples: int,
+    sampling: Sampling,
+    *,
+    seed: int,
+    first_id: int = 0,
+    check: Callable[[], None] = lambda: None,
+) -> Rollout:
+    """Sample ``samples`` answers to each prompt with the policy.
+
+    Args:
+        prompts: token ids, none empty.
+        seed, first_id: the draw of sample ``i`` depends only on ``seed``, ``first_id + i`` and its own tokens, not on the
+            batch it runs in.
+        check: called once a step; it may raise to stop.
+
+    Returns:
+        A rollout with the samples of each prompt side by side, in the prompts' order.
+    """
+    head, tokenizer, eos = model.backbone.head, model.base.tokenizer, frozenset(model.base.eos_ids)
+    slots = max(sampling.slots, samples)
+    decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.config.micro_batch_tokens)
+    finished: dict[int, Sample] = {}
+    running: list[_Running] = []
+    hidden = torch.empty(0)
+    waiting = 0  # the first prompt not yet admitted
+
+    def draw(hidden_rows: torch.Tensor, rows: torch.Tensor, members: list[_Running]) -> torch.Tensor:
+        logits = head.logits(hidden_rows)[rows]
+        tokens, logprobs = sample(
+            logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed,
+            sequence_ids_B=torch.tensor([first_id + m.index for m in members], device=logits.device),
+            step_B=torch.tensor([len(m.tokens) for m in members], device=logits.device),
+        )  # fmt: skip
+        for member, token, logprob in zip(members, tokens.tolist(), logprobs.tolist(), strict=True):
+            member.tokens.append(token)
+            member.logprobs.append(logprob)
+        return tokens
+
+    tokens = torch.zeros(0, dtype=torch.int64, device=model.device)
+    while running or waiting < len(prompts):
+        check()
+        if running:
+            hidden = decoder.step(tokens)
+            tokens = draw(hidden, torch.arange(len(running), device=model.device), running)
+        room = decoder.room()
+        if running and room < slots // 4:
+            room = 0  # a refill costs a prefill call: wait until it is worth one
+        admitted = min(room // samples, len(prompts) - waiting)
+        if admitted:
+            chosen = range(waiting, waiting + admitted)
+            new = [_Running(p * samples + k, p, [], []) for p in chosen for k in range(samples)]
+            ends = decoder.admit([prompts[p] for p in chosen], [samples] * admitted)
+            rows = torch.arange(admitted, device=model.device).repeat_interleave(samples)
+            tokens = torch.cat([tokens, draw(ends, rows, new)])
+            running += new
+            waiting += admitted
+        going = []
+        for place, member in enumerate(running):
+            finish, text = _finish(member.tokens, eos, tokenizer, sampling)
+            if finish is None:
+                going.append(place)
+            else:
+                finished[member.index] = Sample(member.prompt, member.tokens, member.logprobs, finish, text)
+        if len(going) < len(running):
+            order = decoder.keep(going)
+            running = [running[i] for i in order]
+            tokens = tokens[torch.tensor(order, dtype=torch.int64, device=model.device)]
+    return Rollout(prompts, [finished[i] for i in range(len(prompts) * samples)])
+
+
+def _finish(
+    tokens: list[int], eos: frozenset[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> tuple[str | None, str]:
+    """Why the answer ended, or None; and its text."""
+    ended = tokens[-1] in eos
+    if not ended and not sampling.stop and len(tokens) < sampling.max_new_tokens:
+        return None, ""
+    text = str(tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=False))
+    cuts = [text.index(stop) for stop in sampling.stop if stop in text]
+    if cuts:
+        return "stop", text[: min(cuts)]
+    if ended:
+        return "eos", text
+    return ("length", text) if len(tokens) >= sampling.max_new_tokens else (None, "")

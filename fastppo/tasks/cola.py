@@ -1,0 +1,19 @@
+"""CoLA: is a sentence acceptable English? (Warstadt et al., "Neural Network Acceptability Judgments", TACL 2019)"""
+
+from fastppo.tasks.task import Task
+
+COLA = Task(
+    name="cola",
+    template="""Decide whether a sentence is acceptable English.
+A sentence is acceptable if a native speaker could say it: the word order, the agreement, the forms of the words and \
+what each verb needs are all right.
+Answer with one word: yes if the sentence is acceptable, no if it is not.
+
+Sentence: {sentence}
+Acceptable:""",
+    slots=("sentence",),
+    labels=("no", "yes"),
+    label_names=("unacceptable", "acceptable"),
+    tsv_columns=("source", "label", "mark", "sentence"),
+    hub=("nyu-mll/glue", "cola"),
+)

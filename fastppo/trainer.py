@@ -1,0 +1,411 @@
+"""The loop: sample, score, estimate, update, report. A run is a folder, and any checkpoint in it continues to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+import torch
+
+from fastppo import __version__, checkpoint, files
+from fastppo import config as config_module
+from fastppo.algorithms import optim, ppo
+from fastppo.algorithms.sft import sft_step
+from fastppo.batch.encode import encode_answer
+from fastppo.batch.rollout import Rollout, pack_rollout
+from fastppo.config import Config
+from fastppo.errors import Interrupted, UserError
+from fastppo.evaluate import LabelledPrompts, encode, evaluate, with_interval
+from fastppo.interrupt import Interruptible
+from fastppo.model.actor_critic import POLICY, ActorCritic
+from fastppo.model.load import load_base
+from fastppo.rewards.rules import answer_reward
+from fastppo.rollout.sampler import Sampling, generate
+from fastppo.tasks import get_task, load_data
+from fastppo.track import Tracker
+
+# Streams of randomness, each drawn from (seed, stream, step): no generator state to save, nothing to drift on resuming.
+SPLIT, SFT_ORDER, PPO_ORDER, PPO_UPDATE = range(4)
+
+REAL_MODEL_HINT = "using the built-in {what}; for a real one: fastppo train --task {task} --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:cola"
+
+
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint holds besides tensors."""
+
+    stage: str = "zero_shot"  # then sft, ppo, done
+    step: int = 0  # steps of the stage that are done
+    kl_coef: float = 0.0
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    tokens_tree: int = 0
+    tokens_padded: int = 0
+    sampler_gap_max: float = 0.0
+    best_step: int = 0
+    best_reward: float | None = None
+    checkpoints: int = 0
+    records: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+def train(config: Config, run: Path, console: rich.console.Console) -> dict[str, Any]:
+    """Begin a run in the folder ``run``; returns what ``summary.json`` holds.
+
+    Raises:
+        UserError: a mistake in settings, data or model. Interrupted: after a signal, at a point that ``resume`` continues.
+    """
+    config_module.check(config)
+    with Interruptible() as stop:
+        trainer = Trainer(config, run, console, stop)
+        with files.lock_run(run), Tracker(run, console) as tracker:
+            config_module.save(config, run / "config.yaml")
+            return trainer.go(tracker)
+
+
+def resume(run: Path, overrides: Mapping[str, str], console: rich.console.Console) -> dict[str, Any]:
+    """Continue an interrupted run with its own settings, to the same bits as if it had never stopped.
+
+    Raises:
+        UserError: other settings than the run's, data or a model that changed since, a damaged checkpoint.
+    """
+    config = config_module.load_config({}, run / "config.yaml")
+    other = config_module.differences(config, config_module.load_config(overrides, run / "config.yaml"))
+    if other:
+        raise UserError(f"run folder {run}: was begun with other settings ({'; '.join(other)}); resume without them")
+    with Interruptible() as stop, files.lock_run(run):
+        latest = checkpoint.load_latest(run)
+        trainer = Trainer(config, run, console, stop)
+        with Tracker(run, console) as tracker:
+            if latest is None:
+                tracker.restore({"metrics": 0, "samples": 0})
+            else:
+                trainer.restore(latest, tracker)
+            return trainer.go(tracker)
+
+
+class Trainer:
+    """One run: its model, data and state, and the three stages."""
+
+    def __init__(self, config: Config, run: Path, console: rich.console.Console, stop: Interruptible):
+        self.config, self.run, self.console, self.stop = config, run, console, stop
+        _make_torch_repeatable()
+        self.task = get_task(config.task)
+        self.dataset = load_data(self.task, config.data, config.seed)
+        self.model = ActorCritic(load_base(config), config)
+        stop.check()
+        examples = self.dataset.train
+        order = self._rng(SPLIT).permutation(len(examples))[: config.train_examples].tolist()
+        valid = min(config.valid_examples, len(order) // 10)
+        self.dev = encode(self.model, self.task, self.dataset.dev)
+        self.valid = encode(self.model, self.task, [examples[i] for i in order[:valid]])
+        self.train = encode(self.model, self.task, [examples[i] for i in order[valid:]])
+        self.warm = self.train[: config.sft.examples]
+        self.state = State(kl_coef=config.ppo.kl_coef, fingerprint=self._fingerprint())
+        self._new_optimizer()
+        self.best = self.model.state()
+
+    def go(self, tracker: Tracker) -> dict[str, Any]:
+        """Run the stages that are not done; write and show the summary."""
+        self.tracker = tracker
+        self._announce()
+        if self.state.stage == "zero_shot":
+            self._finish_stage("zero_shot", "sft", labels=0)
+        if self.state.stage == "sft":
+            self.sft()
+            self._finish_stage("sft", "ppo", labels=len(self.warm))
+        if self.state.stage == "ppo":
+            self.ppo()
+            self._finish_stage("ppo", "done", labels=self._labels_seen())
+        summary = self.summary()
+        files.write_json(self.run / "summary.json", summary)
+        self._show(summary)
+        return summary
+
+    # -- the stages ---------------------------------------------------------------------------------------------------
+
+    def sft(self) -> None:
+        """Cross-entropy on the answers of the warm-start examples."""
+        config, data = self.config.sft, self.warm
+        per_epoch = -(-len(data) // config.batch_size)
+        total = per_epoch * config.epochs
+        if self.state.step == total:
+            return
+        answers = self._answers(data)
+        self.tracker.stage("SFT", total, self.state.step)
+        while self.state.step < total:
+            step = self.state.step
+            chosen = (
+                self._rng(SFT_ORDER, step // per_epoch).permutation(len(data))[step % per_epoch :: per_epoch].tolist()
+            )
+            with self._timed("sft"):
+                optim.set_lr(self.optimizer, config.lr * optim.lr_factor(step, total, config.warmup, "linear"))
+                metrics = sft_step(
+                    self.model,
+                    self.optimizer,
+                    self.config,
+                    [data.prompts[i] for i in chosen],
+                    [answers[i] for i in chosen],
+                )
+            self._end_step(metrics, last=step + 1 == total)
+
+    def ppo(self) -> None:
+        """Sample, score, estimate, update; validate and keep the best."""
+        config, data, state, model = self.config.ppo, self.train, self.state, self.model
+        if state.step == 0:
+            model.freeze_reference()
+            self._validate()
+        self.tracker.stage("PPO", config.iterations, state.step)
+        while state.step < config.iterations:
+            step, critic_only = state.step, state.step < self.config.value.warmup
+            chosen = self._ppo_prompts(step)
+            with self._timed("sample"):
+                rollout = generate(
+                    model, [data.prompts[i] for i in chosen], config.samples, Sampling.of(self.config),
+                    seed=self.config.seed, first_id=step * config.prompts * config.samples,
+                )  # fmt: skip
+            predicted = [self.task.parse(s.text) for s in rollout.samples]
+            gold = [data.labels[chosen[s.prompt]] for s in rollout.samples]
+            rewards = [answer_reward(g, p, self.config.reward) for g, p in zip(gold, predicted, strict=True)]
+            with self._timed("estimate"):
+                minibatches = pack_rollout(
+                    rollout, minibatches=config.minibatches, budget=self.config.micro_batch_tokens,
+                    padded=not model.backbone.packed, device=model.device, rng=self._rng(PPO_UPDATE, step),
+                )  # fmt: skip
+                estimates = ppo.estimate(model, minibatches, rollout, rewards, state.kl_coef, self.config)
+            self._check_gap(estimates.sampler_gap)
+            with self._timed("update"):
+                optim.set_lr(
+                    self.optimizer, config.lr * optim.lr_factor(step, config.iterations, config.warmup, config.schedule)
+                )
+                metrics = ppo.update(
+                    model, self.optimizer, minibatches, state.kl_coef, self.config, self._rng(PPO_UPDATE, step, 1),
+                    critic_only=critic_only,
+                )  # fmt: skip
+            metrics |= {
+                "reward": float(np.mean(rewards)),
+                "accuracy": float(np.mean([p == g for p, g in zip(predicted, gold, strict=True)])),
+                "malformed": float(np.mean([p is None for p in predicted])),
+                "length": float(np.mean([len(s.tokens) for s in rollout.samples])),
+                "kl": estimates.kl, "kl_coef": state.kl_coef, "sampler_gap": estimates.sampler_gap,
+                "tokens_tree": sum(p.tree.n_tokens for m in minibatches for p in m.parts),
+                "tokens_padded": sum(p.tree.padded_tokens for m in minibatches for p in m.parts),
+            }  # fmt: skip
+            state.kl_coef = ppo.adapt_kl_coef(state.kl_coef, estimates.kl, len(rewards), self.config)
+            state.samples += len(rewards)
+            metrics["samples_per_s"] = state.samples / sum(state.seconds[k] for k in ("sample", "estimate", "update"))
+            self._record_samples(rollout, rewards, chosen)
+            self._end_step(metrics, last=step + 1 == config.iterations)
+
+    # -- what the stages share ----------------------------------------------------------------------------------------
+
+    def _end_step(self, metrics: dict[str, float], *, last: bool) -> None:
+        state, ppo_stage = self.state, self.state.stage == "ppo"
+        state.step += 1
+        if ppo_stage:
+            state.tokens_tree += int(metrics["tokens_tree"])
+            state.tokens_padded += int(metrics["tokens_padded"])
+            if last or state.step % self.config.eval_every == 0:
+                metrics |= self._validate()
+        self.tracker.step(state.step, metrics)
+        try:
+            self.stop.check()
+        except Interrupted:
+            self._save()
+            raise
+        if last or state.step % self.config.checkpoint_every == 0:
+            self._save()
+
+    def _validate(self) -> dict[str, float]:
+        """Score the policy on the examples held out of train; keep it if its mean reward is the best so far."""
+        if not len(self.valid):  # nothing to choose by: the newest is kept
+            self.best, self.state.best_step = self.model.state(), self.state.step
+            return {}
+        with self._timed("evaluate"):
+            result = evaluate(self.model, self.task, self.valid)
+        if self.state.best_reward is None or result.reward > self.state.best_reward:
+            self.best, self.state.best_step, self.state.best_reward = self.model.state(), self.state.step, result.reward
+        return {
+            "valid_reward": result.reward,
+            "valid_mcc": result.scores["mcc"],
+            "valid_accuracy": result.scores["accuracy"],
+        }
+
+    def _finish_stage(self, name: str, following: str, labels: int) -> None:
+        """Evaluate on dev, write the adapter, go on to the following stage."""
+        if name == "ppo":
+            self.model.load_state(self.best)
+        with self._timed("evaluate"):
+            result = evaluate(self.model, self.task, self.dev, self.stop.check)
+            row = with_interval(self.task, self.dev, result, self.config.seed)
+        self.state.stages[name] = {**row, "labels": labels}
+        self.tracker.note(
+            f"{name}: MCC {row['mcc']:.3f} [{row['mcc_low']:.3f}, {row['mcc_high']:.3f}]  "
+            f"accuracy {row['accuracy']:.1%}  malformed {row['malformed']:.1%}"
+        )
+        if name == "sft" or following == "done":
+            adapter = {n: p.detach().cpu().contiguous() for n, p in self.model.adapter_tensors(POLICY).items()}
+            checkpoint.save_adapter(self.run, adapter, self.model.peft_config)
+        self.state.stage, self.state.step = following, 0
+        self._new_optimizer()
+        self._save()
+
+    def _save(self) -> None:
+        self.state.checkpoints += 1
+        self.state.records = self.tracker.state()
+        moments = optim.optimizer_state(self.optimizer)
+        saved = checkpoint.Checkpoint(asdict(self.state), self.model.state(), moments, self.best)
+        checkpoint.save_checkpoint(self.run, self.state.checkpoints, saved)
+
+    def restore(self, saved: checkpoint.Checkpoint, tracker: Tracker) -> None:
+        """Stand where a checkpoint stood."""
+        fingerprint = self.state.fingerprint
+        self.state = State(**saved.state)
+        if self.state.fingerprint != fingerprint:
+            raise UserError(
+                f"run folder {self.run}: the data or the base model changed since the run began; it cannot go on"
+            )
+        tracker.restore(self.state.records)
+        self.model.load_state(saved.model)
+        self.best = saved.best
+        optim.load_optimizer_state(self.optimizer, saved.optimizer)
+
+    def _new_optimizer(self) -> None:
+        """Each stage has its own moments; the learning rate is set step by step."""
+        self.optimizer = optim.make_optimizer(self.model.trainable(), 0.0, self.config.ppo.adam_eps)
+
+    def _check_gap(self, gap: float) -> None:
+        limit = self.config.sample.gap_limit
+        if limit is None:
+            limit = 1e-3 if self.model.backbone.head.weight.dtype == torch.float32 else 0.3
+        self.state.sampler_gap_max = max(self.state.sampler_gap_max, gap)
+        if gap > limit:
+            raise UserError(
+                f"the sampler's and the trainer's log-probs differ by {gap:.2g} nats, more than --sample-gap-limit {limit:g}: "
+                "what is sampled is not what is trained; checkpoints are intact"
+            )
+
+    def _ppo_prompts(self, step: int) -> list[int]:
+        """Indices of an iteration's prompts: consecutive slices of one shuffle after another."""
+        n, size = len(self.train), self.config.ppo.prompts
+        places = range(step * size, (step + 1) * size)
+        orders = {epoch: self._rng(PPO_ORDER, epoch).permutation(n) for epoch in {place // n for place in places}}
+        return [int(orders[place // n][place % n]) for place in places]
+
+    def _labels_seen(self) -> int:
+        steps = range(-(-len(self.train) // self.config.ppo.prompts)) if self.config.ppo.iterations else range(0)
+        rewarded = {i for step in steps if step < self.config.ppo.iterations for i in self._ppo_prompts(step)}
+        return len(rewarded | set(range(len(self.warm))))
+
+    def _answers(self, data: LabelledPrompts) -> list[list[int]]:
+        tokenizer, task = self.model.base.tokenizer, self.task
+        return [
+            encode_answer(tokenizer, task.prompt(example), prompt, task.answer(label))
+            for example, prompt, label in zip(data.examples, data.prompts, data.labels, strict=True)
+        ]
+
+    def _record_samples(self, rollout: Rollout, rewards: list[float], chosen: list[int]) -> None:
+        """A few of the iteration's answers, for ``samples.jsonl``."""
+        k = self.config.ppo.samples
+        for i in range(0, min(len(rewards), 4 * k), k):
+            sample = rollout.samples[i]
+            example = self.train.examples[chosen[sample.prompt]]
+            self.tracker.samples(
+                [{"step": self.state.step + 1, **example.fields, "label": example.label, "answer": sample.text,
+                  "finish": sample.finish, "reward": rewards[i]}]
+            )  # fmt: skip
+
+    def _rng(self, stream: int, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, stream, *place])
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def _fingerprint(self) -> str:
+        """Of the prompts, labels and base weights that this run computes with."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.valid, self.dev):
+            digest.update(repr((part.prompts, part.labels)).encode())
+        for name, parameter in self.model.base.model.named_parameters():
+            if "lora_" not in name:
+                digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
+                digest.update(repr(parameter.detach().flatten()[:64].float().tolist()).encode())
+        return digest.hexdigest()
+
+    # -- what the user sees -------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        config, note = self.config, self.tracker.note
+        builtin = [what for what, given in (("model", config.model), ("corpus", config.data)) if given is None]
+        if builtin:
+            note(REAL_MODEL_HINT.format(what=" and ".join(builtin), task=config.task))
+        note(
+            f"run {self.run}: {len(self.dataset.train):,} train rows ({len(self.warm):,} for SFT, {len(self.train):,} for PPO, "
+            f"{len(self.valid):,} held out to choose the checkpoint), {len(self.dev):,} dev rows"
+        )
+        if self.dataset.note:
+            note(self.dataset.note)
+        if not self.model.backbone.packed:
+            kind = type(self.model.base.model).__name__
+            note(f"{kind}: transformers' attention interface does not reach it; running padded, with the same results")
+
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` holds."""
+        state, seconds = self.state, self.state.seconds
+        ppo_seconds = sum(seconds.get(k, 0.0) for k in ("sample", "estimate", "update"))
+        return {
+            "task": self.config.task,
+            "model": self.config.model or "built-in",
+            "data": self.dataset.summary(),
+            "seed": self.config.seed,
+            "stages": state.stages,
+            "best_step": state.best_step,
+            "samples": state.samples,
+            "samples_per_s": state.samples / ppo_seconds if ppo_seconds else None,
+            "seconds": seconds,
+            "tokens_tree": state.tokens_tree,
+            "tokens_padded": state.tokens_padded,
+            "tokens_ratio": state.tokens_tree / state.tokens_padded if state.tokens_padded else None,
+            "sampler_gap_max": state.sampler_gap_max,
+            "packed": self.model.backbone.packed,
+            "device": str(self.model.device),
+            "dtype": str(self.model.backbone.head.weight.dtype).removeprefix("torch."),
+            "versions": {
+                "fastppo": __version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "numpy")},
+            },
+        }
+
+    def _show(self, summary: Mapping[str, Any]) -> None:
+        self.tracker.table(summary)
+        if summary["tokens_ratio"] is not None:
+            self.tracker.note(
+                f"tokens computed {summary['tokens_tree']:,} of {summary['tokens_padded']:,} padded "
+                f"({summary['tokens_ratio']:.3f})  {summary['samples_per_s']:.0f} samples/s  "
+                f"sampler gap at most {summary['sampler_gap_max']:.1e} nats"
+            )
+        self.tracker.note(f"wrote {self.run}")
+
+
+def _make_torch_repeatable() -> None:
+    """The same bits on the same machine: what resuming rests on."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over every new tensor

@@ -1,0 +1,140 @@
+"""Generalised advantage estimation and whitening."""
+
+import torch
+from torch import Tensor
+
+from ._checks import accumulate_dtype, check_device, check_float, check_index, check_mask, check_number, check_shape
+
+
+def _sequence_ends(cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """For every packed position: the number of its sequence, and the position after that sequence's last."""
+    position_A = torch.arange(size, device=cu_seqlens.device)
+    sequence_A = torch.searchsorted(cu_seqlens, position_A, right=True) - 1
+    return sequence_A, cu_seqlens[sequence_A + 1]
+
+
+def _lambda_of(lam: float | Tensor, sequence_A: Tensor, sequences: int, device: torch.device) -> Tensor:
+    if isinstance(lam, Tensor):
+        check_float("lam", lam)
+        check_shape("lam", lam, (sequences,), "one for each sequence")
+        if lam.device != device:
+            raise ValueError(f"lam must be on the device of rewards ({device}), got {lam.device}")
+        return lam.double()[sequence_A]
+    check_number("lam", lam, at_least=0, at_most=1)
+    return torch.full(sequence_A.shape, float(lam), dtype=torch.float64, device=device)
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of episodes that all end (no bootstrap: the value after the last step is 0).
+
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1},    return_t = A_t + V_t
+        (Schulman et al. 2016, arXiv 1506.02438, eq. 16 and section 4)
+
+    A masked step is as if absent: its reward and value are not read (they may be NaN), the steps around it are
+    neighbours.
+
+    The recursion is a scan of x -> d + c x, composed by doubling: log2(length) passes over all steps at once, in
+    float64, without knowing the longest sequence on the host. The result of a sequence does not depend on the others in
+    the batch.
+
+    Args:
+        rewards, values: packed [A] with `cu_seqlens`, or padded [B, T] without; floating point.
+        cu_seqlens: [N + 1] int64 or int32: sequence i is steps cu_seqlens[i] to cu_seqlens[i + 1]; from 0 to A;
+            sequences may be empty.
+        gamma: in [0, 1].
+        lam: in [0, 1], or a tensor with one for each sequence ([N] or [B]; values not checked).
+        mask: bool or integer, the shape of the rewards; None: every step counts.
+
+    Returns:
+        (advantages, returns), the shape of the rewards, float32 (float64 for float64 rewards), detached; 0 at masked
+        steps.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    check_float("rewards", rewards)
+    check_float("values", values)
+    check_shape("values", values, tuple(rewards.shape), "that of rewards")
+    check_device("values", values, "rewards", rewards)
+    check_number("gamma", gamma, at_least=0, at_most=1)
+    mask_A = check_mask(mask, "rewards", rewards).reshape(-1)
+    shape, size, device = rewards.shape, rewards.numel(), rewards.device
+    if cu_seqlens is None:
+        if rewards.dim() != 2:
+            raise ValueError(f"rewards must have shape [B, T] where cu_seqlens is None, got {list(shape)}")
+        cu_seqlens = torch.arange(shape[0] + 1, device=device) * shape[1]
+    else:
+        check_index("cu_seqlens", cu_seqlens)
+        if rewards.dim() != 1:
+            raise ValueError(f"rewards must have shape [A] with cu_seqlens, got {list(shape)}")
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+            raise ValueError(f"cu_seqlens must have shape [N + 1], got {list(cu_seqlens.shape)}")
+        check_device("cu_seqlens", cu_seqlens, "rewards", rewards)
+        if device.type == "cpu" and (
+            int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != size or bool((cu_seqlens.diff() < 0).any())
+        ):
+            raise ValueError(f"cu_seqlens must rise from 0 to {size}, the length of rewards, got {cu_seqlens.tolist()}")
+    sequence_A, end_A = _sequence_ends(cu_seqlens.long(), size)
+    lam_A = _lambda_of(lam, sequence_A, len(cu_seqlens) - 1, device)
+
+    reward_A = torch.where(mask_A, rewards.reshape(-1).double(), 0.0)
+    value_A = torch.where(mask_A, values.reshape(-1).double(), 0.0)
+    # The first counted step at or after each position, then strictly after it; beyond the sequence's end it is none.
+    position_A = torch.arange(size, device=device)
+    counted_A = torch.where(mask_A, position_A, size).flip(0).cummin(0).values.flip(0) if size else position_A
+    next_A = torch.cat([counted_A[1:], counted_A.new_full((min(size, 1),), size)])
+    next_value_A = torch.where(next_A < end_A, value_A[next_A.clamp(max=max(size - 1, 0))], 0.0)
+
+    # x_t = d_t + c_t x_{t+1}: a masked step hands on what comes after it, the last step of a sequence ends it.
+    d_A = torch.where(mask_A, reward_A + gamma * next_value_A - value_A, 0.0)
+    c_A = torch.where(mask_A, gamma * lam_A, 1.0)
+    c_A = torch.where(position_A + 1 < end_A, c_A, 0.0)
+    step = 1
+    while step < size:
+        # where, not a product alone: 0 * NaN of the next sequence must not come in.
+        later_A = torch.where(c_A[:-step] == 0, 0.0, c_A[:-step] * d_A[step:])
+        d_A = torch.cat([d_A[:-step] + later_A, d_A[-step:]])
+        c_A = torch.cat([c_A[:-step] * c_A[step:], c_A[-step:]])
+        step *= 2
+
+    dtype = accumulate_dtype(rewards.dtype)
+    advantage_A = torch.where(mask_A, d_A, 0.0)
+    return advantage_A.to(dtype).view(shape), (advantage_A + value_A).to(dtype).view(shape)
+
+
+@torch.no_grad()
+def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the entries that count, with the unbiased variance (n - 1), as TRL and verl do.
+
+    Without `shift_mean` the mean is added back: scaled but not centred, for rewards (Ziegler et al. 2019, arXiv
+    1909.08593). One entry has variance 0.
+
+    Args:
+        x: any shape; floating point. mask: bool or integer, the same shape; None: all count. eps: >= 0.
+
+    Returns:
+        The shape of x, float32 (float64 for float64), detached; 0 where masked, whatever x holds there.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    check_float("x", x)
+    mask = check_mask(mask, "x", x)
+    check_number("eps", eps, at_least=0)
+    count = mask.sum()
+    mean = torch.where(mask, x.double(), 0.0).sum() / count.clamp(min=1)
+    centred = torch.where(mask, x.double() - mean, 0.0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    # Equal entries stay 0 even with eps = 0.
+    scaled = torch.where(centred == 0, 0.0, centred * torch.rsqrt(variance + eps))
+    shifted = scaled if shift_mean else scaled + mean
+    return torch.where(mask, shifted, 0.0).to(accumulate_dtype(x.dtype))

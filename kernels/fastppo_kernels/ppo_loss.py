@@ -1,0 +1,245 @@
+"""The clipped losses of PPO (Schulman et al. 2017, arXiv 1707.06347) for tokens, as sums over actions divided by a
+given count.
+
+A mini-batch that is cut into micro-batches passes the whole mini-batch's number of actions as `denominator`; the
+micro-batches' losses and gradients then add up to the mini-batch's. Metrics add up in the same way: see
+`reduce_metrics`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._checks import accumulate_dtype, check_device, check_float, check_mask, check_number, check_shape
+from .kl import MAX_LOG_RATIO, KLEstimator, sampled_kl
+
+
+def _token(name: str, tensor: Tensor, like_name: str, like: Tensor, mask: Tensor) -> Tensor:
+    """Check one per-token input and return it in the accumulation dtype of `like`, 0 where masked.
+
+    `where` rather than a product: a masked position may hold NaN or inf, and neither its value nor its gradient may
+    leak.
+    """
+    check_float(name, tensor)
+    check_shape(name, tensor, tuple(like.shape), f"that of {like_name}")
+    check_device(name, tensor, like_name, like)
+    return torch.where(mask, tensor.to(accumulate_dtype(like.dtype)), 0.0)
+
+
+def _denominator(denominator: float | Tensor | None, mask: Tensor) -> float | Tensor:
+    if denominator is None:
+        return mask.sum().clamp(min=1)
+    if isinstance(denominator, Tensor):
+        check_shape("denominator", denominator, (), "one number")
+        check_device("denominator", denominator, "the inputs", mask)
+        return denominator
+    check_number("denominator", denominator, above=0)
+    return denominator
+
+
+def _sum(values: Tensor, mask: Tensor) -> Tensor:
+    # float64: sums of squares of a whole batch are compared with each other (explained variance).
+    return torch.where(mask, values.detach(), 0).sum(dtype=torch.float64)
+
+
+def ppo_policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate, minus entropy bonus, plus KL to the reference:
+
+        ratio = exp(logprob - old_logprob)
+        surrogate = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))     (arXiv 1707.06347, eq. 7)
+        surrogate = min(surrogate, -A dual_clip) where A < 0, if dual_clip         (arXiv 1912.09729, eq. 5)
+        loss = sum over actions (surrogate - entropy_coef H + kl_coef kl) / denominator
+
+    The log-ratio is clamped to [-20, 20]: an action beyond has a finite loss and no gradient.
+
+    Args:
+        logprob, old_logprob, advantages, and entropy, ref_logprob where given: one shape, any; floating point. The loss
+            is differentiable in `logprob` and `entropy`; the others are constants.
+        mask: bool or integer, the same shape; what is masked out is neither counted nor read (it may be NaN) and has
+            gradient 0.
+        clip_low: in [0, 1]. clip_high: >= 0. dual_clip: > 1, or None.
+        entropy_coef: any sign. kl_coef: any sign; other than 0 it needs `ref_logprob`, as entropy_coef needs `entropy`.
+        kl_estimator: see `sampled_kl`, above all for what each does as a loss ("k2" has the gradient of the reverse
+            KL).
+        denominator: > 0, a number or a 0-d tensor; None: the number of actions here (1 if there are none).
+
+    Returns:
+        (loss, metrics): loss 0-d float32 (float64 for float64 inputs). metrics are detached 0-d float64 sums over the
+        actions here: `count`, `ratio_sum`, `ratio_max` (a maximum; 0 without actions), `clip_fraction_sum` (actions
+        whose gradient the clip took), `approx_kl_sum` (KL(old || new) as k3), `policy_loss_sum` (the surrogate),
+        `entropy_sum` and `kl_ref_sum` if given. `reduce_metrics` adds up micro-batches and divides.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    check_float("logprob", logprob)
+    mask = check_mask(mask, "logprob", logprob)
+    check_number("clip_low", clip_low, at_least=0, at_most=1)
+    check_number("clip_high", clip_high, at_least=0)
+    check_number("entropy_coef", entropy_coef)
+    check_number("kl_coef", kl_coef)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, above=1)
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy must be given for entropy_coef {entropy_coef!r}, got None")
+    if kl_coef and ref_logprob is None:
+        raise ValueError(f"ref_logprob must be given for kl_coef {kl_coef!r}, got None")
+    count = _denominator(denominator, mask)
+
+    new = _token("logprob", logprob, "logprob", logprob, mask)
+    old = _token("old_logprob", old_logprob, "logprob", logprob, mask).detach()
+    advantage = _token("advantages", advantages, "logprob", logprob, mask).detach()
+
+    log_ratio = (new - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    unclipped = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.maximum(unclipped, clipped)
+    was_clipped = clipped > unclipped
+    if dual_clip is not None:
+        bound = -advantage * dual_clip
+        was_clipped = was_clipped | ((advantage < 0) & (surrogate > bound))
+        surrogate = torch.where(advantage < 0, torch.minimum(surrogate, bound), surrogate)
+    metrics = {
+        "count": mask.sum(dtype=torch.float64),
+        "ratio_sum": _sum(ratio, mask),
+        "ratio_max": (torch.where(mask, ratio.detach(), 0).max() if ratio.numel() else ratio.new_zeros(())).double(),
+        "clip_fraction_sum": _sum(was_clipped, mask),
+        "approx_kl_sum": _sum(torch.expm1(log_ratio.detach()) - log_ratio.detach(), mask),
+        "policy_loss_sum": _sum(surrogate, mask),
+    }
+    per_token = surrogate
+    if entropy is not None:
+        entropy = _token("entropy", entropy, "logprob", logprob, mask)
+        metrics["entropy_sum"] = _sum(entropy, mask)
+        if entropy_coef:
+            per_token = per_token - entropy_coef * entropy
+    if ref_logprob is not None:
+        reference = _token("ref_logprob", ref_logprob, "logprob", logprob, mask).detach()
+        kl = sampled_kl(new, reference, kl_estimator)
+        metrics["kl_ref_sum"] = _sum(kl, mask)
+        if kl_coef:
+            per_token = per_token + kl_coef * kl
+    return torch.where(mask, per_token, 0.0).sum() / count, metrics
+
+
+def _penalty(error: Tensor, huber_delta: float | None) -> Tensor:
+    """error^2 / 2, or Huber's function: linear with slope `huber_delta` where |error| exceeds it."""
+    if huber_delta is None:
+        return 0.5 * error.square()
+    inside = error.clamp(-huber_delta, huber_delta)
+    return inside * (error - 0.5 * inside)
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    *,
+    mask: Tensor | None = None,
+    clip: float | None = 0.2,
+    huber_delta: float | None = None,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Value loss with the clip of OpenAI's baselines (ppo2):
+
+        clipped = old_values + clip(values - old_values, -clip, clip)
+        loss = sum over actions max(h(values - returns), h(clipped - returns)) / denominator
+        h(e) = e^2 / 2, or Huber's function
+
+    Args:
+        values: any shape; floating point; the loss is differentiable in it alone.
+        old_values: the same shape; may be None where `clip` is None. returns: the same shape.
+        mask: as in `ppo_policy_loss`.
+        clip: > 0, in units of the value; None: no clip.
+        huber_delta: > 0; None: squares.
+        denominator: as in `ppo_policy_loss`.
+
+    Returns:
+        (loss, metrics): loss 0-d float32 (float64 for float64 inputs). metrics are detached 0-d float64 sums:
+        `value_count`, `value_loss_sum`, `value_clip_fraction_sum` (actions where the clipped term is the larger),
+        `value_error_sum` and `value_error_square_sum` (of returns - values), `return_sum`, `return_square_sum`.
+        `reduce_metrics` makes means and `explained_variance` of them.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    check_float("values", values)
+    mask = check_mask(mask, "values", values)
+    if clip is not None:
+        check_number("clip", clip, above=0)
+    if huber_delta is not None:
+        check_number("huber_delta", huber_delta, above=0)
+    count = _denominator(denominator, mask)
+
+    value = _token("values", values, "values", values, mask)
+    target = _token("returns", returns, "values", values, mask).detach()
+    per_token = _penalty(value - target, huber_delta)
+    was_clipped = torch.zeros_like(mask)
+    if clip is not None:
+        if old_values is None:
+            raise ValueError(f"old_values must be given for clip {clip!r}, got None")
+        old = _token("old_values", old_values, "values", values, mask).detach()
+        clipped = _penalty(old + (value - old).clamp(-clip, clip) - target, huber_delta)
+        was_clipped = clipped > per_token
+        per_token = torch.maximum(per_token, clipped)
+    error = target - value
+    metrics = {
+        "value_count": mask.sum(dtype=torch.float64),
+        "value_loss_sum": _sum(per_token, mask),
+        "value_clip_fraction_sum": _sum(was_clipped, mask),
+        "value_error_sum": _sum(error, mask),
+        "value_error_square_sum": _sum(error.double().square(), mask),
+        "return_sum": _sum(target, mask),
+        "return_square_sum": _sum(target.double().square(), mask),
+    }
+    return torch.where(mask, per_token, 0.0).sum() / count, metrics
+
+
+def reduce_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Metrics of a batch from those of its micro-batches: means over actions, maxima, and `explained_variance`.
+
+    Args:
+        parts: dictionaries from `ppo_policy_loss`, from `ppo_value_loss`, or both merged, all with the same keys; at
+            least one.
+
+    Returns:
+        0-d float64 tensors. From the policy: count, ratio, ratio_max, clip_fraction, approx_kl, policy_loss, and
+        entropy and kl_ref where they were given. From the value: value_count, value_loss, value_clip_fraction,
+        value_error, value_error_square, return, return_square, explained_variance = 1 - Var(returns - values) /
+        Var(returns) (NaN where the returns do not vary). Means over no action are 0.
+    """
+    if not parts:
+        raise ValueError("parts must hold the metrics of at least one micro-batch, got none")
+    stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    total = {name: value.max() if name.endswith("_max") else value.sum() for name, value in stacked.items()}
+    reduced: dict[str, Tensor] = {}
+    for name, value in total.items():
+        if name.endswith("_sum"):
+            of_value = name.startswith(("value_", "return_"))
+            reduced[name.removesuffix("_sum")] = value / total["value_count" if of_value else "count"].clamp(min=1)
+        else:
+            reduced[name] = value
+    if "return" in reduced:
+        variance = reduced["return_square"] - reduced["return"].square()
+        residual = reduced["value_error_square"] - reduced["value_error"].square()
+        # Below rounding of the two sums the variance is noise: a batch of equal returns has none.
+        varies = variance > 1e-12 * reduced["return_square"]
+        reduced["explained_variance"] = torch.where(varies, 1 - residual / variance, torch.nan)
+    return reduced

@@ -1,0 +1,26 @@
+"""Fixtures for every test: public data and small models that lie beside the repository on some machines."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public data sets; the test is skipped where there is none."""
+    return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder of small public models; the test is skipped where there is none."""
+    return _shared("models")
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"no {name} folder in a folder 'shared' beside the repository")
+    return folder

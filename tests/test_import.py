@@ -1,0 +1,54 @@
+"""What importing costs: the command line answers without PyTorch, and the kernels need nothing of the engine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "transformers", "peft", "datasets", "numpy", "scipy", "sklearn", "pandas"}
+SITE_CODE = """
+import sys
+before = set(sys.modules)
+{code}
+print("LOADED", *sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
+"""
+
+
+def loaded_by(code: str) -> set[str]:
+    path = os.pathsep.join([str(REPO), str(REPO / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", SITE_CODE.format(code=code)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rsplit("LOADED", 1)[1].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fastppo",
+        "from fastppo.cli import main; assert main(['--help']) == 0",
+        "from fastppo.cli import main; assert main(['train', '--help']) == 0",
+        "from fastppo.cli import main; assert main(['train', '--ppo-lr', '0']) == 2",
+        "import fastppo.track",
+    ],
+)
+def test_the_command_line_loads_nothing_heavy(code):
+    assert loaded_by(code) & HEAVY == set()
+
+
+def test_kernels_need_only_torch_and_triton():
+    # Whatever torch loads by itself is torch's; the question is what the kernels add.
+    with_kernels = loaded_by("import fastppo_kernels")
+    allowed = loaded_by("import torch") | set(sys.stdlib_module_names) | {"fastppo_kernels", "triton"}
+    assert "torch" in with_kernels
+    assert with_kernels - allowed == set()
+
+
+def test_no_package_named_kernels():
+    # A package of that name would shadow the public one that transformers looks for.
+    assert not (REPO / "kernels" / "__init__.py").exists()
