@@ -6,6 +6,7 @@ checkpoint computes what the unbroken run computed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastppo import files
 from fastppo.errors import UserError
 
 KEEP = 2
+TENSORS = ("model", "optimizer", "best")
 
 
 class Checkpoint(NamedTuple):
@@ -34,9 +36,10 @@ def save_checkpoint(run: Path, number: int, checkpoint: Checkpoint) -> None:
     """Write ``checkpoints/NUMBER`` and remove all but the last ``KEEP``."""
     folder = run / "checkpoints"
     with files.write_folder(folder / f"{number:06d}") as fresh:
-        for name in ("model", "optimizer", "best"):
+        for name in TENSORS:
             save_file(getattr(checkpoint, name), fresh / f"{name}.safetensors")
-        (fresh / "state.json").write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
+        held = {"state": checkpoint.state, "sha256": {name: _digest(fresh, name) for name in TENSORS}}
+        (fresh / "state.json").write_text(json.dumps(held, indent=1), encoding="utf-8")
     for old in _numbered(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -51,12 +54,19 @@ def load_latest(run: Path) -> Checkpoint | None:
     if not folders:
         return None
     try:
-        state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(state, *(load_file(folders[-1] / f"{n}.safetensors") for n in ("model", "optimizer", "best")))
+        held = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
+        if held["sha256"] != {name: _digest(folders[-1], name) for name in TENSORS}:
+            raise ValueError
+        return Checkpoint(held["state"], *(load_file(folders[-1] / f"{name}.safetensors") for name in TENSORS))
     except Exception as error:  # safetensors raises kinds of its own
         raise UserError(
             f"checkpoint {folders[-1]}: damaged ({type(error).__name__}); remove that folder to go on from the one before"
         ) from None
+
+
+def _digest(folder: Path, name: str) -> str:
+    with open(folder / f"{name}.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _numbered(folder: Path) -> list[Path]:

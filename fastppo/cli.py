@@ -110,13 +110,15 @@ def _train(args: argparse.Namespace) -> None:
     else:
         settings = config.load_config(overrides, args.config)
         run = _new_run(settings)
+    console = _console()
+    console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
     try:
         from fastppo import trainer
 
         if args.resume:
-            trainer.resume(run, overrides, _console())
+            trainer.resume(run, overrides, console)
         else:
-            trainer.train(settings, run, _console())
+            trainer.train(settings, run, console)
     except (Interrupted, KeyboardInterrupt) as stop:
         began = (run / "config.yaml").exists()
         signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT

@@ -10,8 +10,8 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):
-    """A run was asked to stop by a signal and stands at a safe point.
+class Interrupted(BaseException):
+    """A run was asked to stop by a signal; like KeyboardInterrupt, no handler of errors may swallow it.
 
     Attributes:
         signum: the signal's number; the exit code is 128 + signum (130 after Ctrl-C, 143 after SIGTERM).

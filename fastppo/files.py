@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -177,9 +178,9 @@ def lock_run(run: Path) -> Iterator[None]:
 
 
 def is_unused(run: Path) -> bool:
-    """Whether a new run may begin there: no folder, or nothing in it but the lock of a run that never began."""
+    """Whether a new run may begin there: no folder, or nothing in it but what a run that never began left behind."""
     try:
-        return all(entry.name == ".lock" for entry in run.iterdir())
+        return all(re.fullmatch(r"\.lock|\..*\.\d+\.tmp", entry.name) for entry in run.iterdir())
     except FileNotFoundError:
         return True
     except OSError as error:

@@ -69,9 +69,12 @@ def train(config: Config, run: Path, console: rich.console.Console) -> dict[str,
     config_module.check(config)
     with Interruptible() as stop:
         trainer = Trainer(config, run, console, stop)
-        with files.lock_run(run), Tracker(run, console) as tracker:
-            config_module.save(config, run / "config.yaml")
-            return trainer.go(tracker)
+        with files.lock_run(run):
+            if not files.is_unused(run):  # another process may have begun there while this one loaded its model
+                raise UserError(f"run folder {run}: exists and is not empty; choose another folder")
+            config_module.save(config, run / "config.yaml")  # first of all files: with it, the run can be resumed
+            with Tracker(run, console) as tracker:
+                return trainer.go(tracker)
 
 
 def resume(run: Path, overrides: Mapping[str, str], console: rich.console.Console) -> dict[str, Any]:
@@ -119,15 +122,19 @@ class Trainer:
     def go(self, tracker: Tracker) -> dict[str, Any]:
         """Run the stages that are not done; write and show the summary."""
         self.tracker = tracker
+        if self.state.stage == "done" and (self.run / "summary.json").is_file():
+            self.tracker.note(f"run {self.run}: is finished already, nothing to do")
+            self._show(self.summary())
+            return self.summary()
         self._announce()
         if self.state.stage == "zero_shot":
             self._finish_stage("zero_shot", "sft", labels=0)
         if self.state.stage == "sft":
             self.sft()
-            self._finish_stage("sft", "ppo", labels=len(self.warm))
+            self._finish_stage("sft", "ppo", labels=len(self.warm), skipped=not len(self.warm))
         if self.state.stage == "ppo":
             self.ppo()
-            self._finish_stage("ppo", "done", labels=self._labels_seen())
+            self._finish_stage("ppo", "done", labels=self._labels_seen(), skipped=self.config.ppo.iterations == 0)
         summary = self.summary()
         files.write_json(self.run / "summary.json", summary)
         self._show(summary)
@@ -163,6 +170,8 @@ class Trainer:
     def ppo(self) -> None:
         """Sample, score, estimate, update; validate and keep the best."""
         config, data, state, model = self.config.ppo, self.train, self.state, self.model
+        if config.iterations == 0:
+            return
         if state.step == 0:
             model.freeze_reference()
             self._validate()
@@ -242,18 +251,19 @@ class Trainer:
             "valid_accuracy": result.scores["accuracy"],
         }
 
-    def _finish_stage(self, name: str, following: str, labels: int) -> None:
-        """Evaluate on dev, write the adapter, go on to the following stage."""
-        if name == "ppo":
-            self.model.load_state(self.best)
-        with self._timed("evaluate"):
-            result = evaluate(self.model, self.task, self.dev, self.stop.check)
-            row = with_interval(self.task, self.dev, result, self.config.seed)
-        self.state.stages[name] = {**row, "labels": labels}
-        self.tracker.note(
-            f"{name}: MCC {row['mcc']:.3f} [{row['mcc_low']:.3f}, {row['mcc_high']:.3f}]  "
-            f"accuracy {row['accuracy']:.1%}  malformed {row['malformed']:.1%}"
-        )
+    def _finish_stage(self, name: str, following: str, labels: int, *, skipped: bool = False) -> None:
+        """Evaluate on dev, write the adapter, go on to the following stage. A stage without steps gets no row."""
+        if not skipped:
+            if name == "ppo":
+                self.model.load_state(self.best)
+            with self._timed("evaluate"):
+                result = evaluate(self.model, self.task, self.dev, self.stop.check)
+                row = with_interval(self.task, self.dev, result, self.config.seed)
+            self.state.stages[name] = {**row, "labels": labels}
+            self.tracker.note(
+                f"{name}: MCC {row['mcc']:.3f} [{row['mcc_low']:.3f}, {row['mcc_high']:.3f}]  "
+                f"accuracy {row['accuracy']:.1%}  malformed {row['malformed']:.1%}"
+            )
         if name == "sft" or following == "done":
             adapter = {n: p.detach().cpu().contiguous() for n, p in self.model.adapter_tensors(POLICY).items()}
             checkpoint.save_adapter(self.run, adapter, self.model.peft_config)
@@ -274,7 +284,7 @@ class Trainer:
         self.state = State(**saved.state)
         if self.state.fingerprint != fingerprint:
             raise UserError(
-                f"run folder {self.run}: the data or the base model changed since the run began; it cannot go on"
+                f"run folder {self.run}: settings, data or base model changed since the run began; it cannot go on"
             )
         tracker.restore(self.state.records)
         self.model.load_state(saved.model)
@@ -338,8 +348,9 @@ class Trainer:
         self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def _fingerprint(self) -> str:
-        """Of the prompts, labels and base weights that this run computes with."""
-        digest = hashlib.sha256()
+        """Of the settings, prompts, labels and base weights that this run computes with."""
+        settings = config_module.to_dict(self.config) | {"out": None}
+        digest = hashlib.sha256(repr(settings).encode())
         for part in (self.train, self.valid, self.dev):
             digest.update(repr((part.prompts, part.labels)).encode())
         for name, parameter in self.model.base.model.named_parameters():
@@ -396,9 +407,13 @@ class Trainer:
     def _show(self, summary: Mapping[str, Any]) -> None:
         self.tracker.table(summary)
         if summary["tokens_ratio"] is not None:
+            computed = (
+                f"tokens computed {summary['tokens_tree']:,} of {summary['tokens_padded']:,} padded ({summary['tokens_ratio']:.3f})"
+                if summary["packed"]
+                else f"tokens computed {summary['tokens_padded']:,}, all padded"
+            )
             self.tracker.note(
-                f"tokens computed {summary['tokens_tree']:,} of {summary['tokens_padded']:,} padded "
-                f"({summary['tokens_ratio']:.3f})  {summary['samples_per_s']:.0f} samples/s  "
+                f"{computed}  {summary['samples_per_s']:.0f} samples/s  "
                 f"sampler gap at most {summary['sampler_gap_max']:.1e} nats"
             )
         self.tracker.note(f"wrote {self.run}")

@@ -24,3 +24,11 @@ def _shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {name} folder in a folder 'shared' beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tiny model and a small data folder; see ``small.World``."""
+    from small import World
+
+    return World.make(tmp_path_factory.mktemp("world"))

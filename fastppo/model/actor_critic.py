@@ -64,6 +64,12 @@ class ActorCritic:
             raise UserError(
                 f"--lora-targets: {config.lora.targets!r} adapts the language-model head; the head stays frozen"
             )
+        known = [f".{name}" for name in self.peft.base_model.targeted_module_names]
+        for target in targets if isinstance(targets, list) else []:  # peft itself only objects when none of them is found
+            if not any(name.endswith(f".{target}") for name in known):
+                raise UserError(f"--lora-targets: {target!r} is no module of the base model")
+        if sum(p.requires_grad for p in self.peft.parameters()) != len(self.adapter_tensors(POLICY)):
+            raise UserError(f"--lora-targets: {config.lora.targets!r} adapts an embedding; only linear layers can be adapted")
         self._lora_layers = [m for m in self.peft.modules() if isinstance(m, BaseTunerLayer)]
         self.peft.eval()
         hidden = self.backbone.head.weight.shape[1]
@@ -89,8 +95,9 @@ class ActorCritic:
         return Scores(logprob, entropy, values_R[tree.action_rows])
 
     def values(self, tree: TokenTree) -> Tensor:
-        """Values alone, [A]: what a step that trains only the critic needs."""
-        with self._adapter(CRITIC if self.config.value.adapter else POLICY):
+        """Values alone, [A]: what a step that trains only the critic needs. No gradient reaches the policy's adapter."""
+        own = self.config.value.adapter
+        with self._adapter(CRITIC if own else POLICY), torch.set_grad_enabled(own and torch.is_grad_enabled()):
             hidden_RH = self.backbone.hidden(tree)[tree.head_rows]
         return self.value_head(hidden_RH.float())[:, 0][tree.action_rows]
 

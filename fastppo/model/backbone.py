@@ -72,6 +72,8 @@ class Backbone:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.trunk: nn.Module = model.base_model
+        if self.trunk is model:  # no trunk under the name that the architecture gives
+            raise UserError(f"model {model.name_or_path!r} ({type(model).__name__}): this architecture is not supported")
         self.accepts_positions = "position_ids" in inspect.signature(type(self.trunk).forward).parameters
         self.head = head_of(model)
         self.packed = self._choose_path()

@@ -68,7 +68,7 @@ def generate(
         A rollout with the samples of each prompt side by side, in the prompts' order.
     """
     head, tokenizer, eos = model.backbone.head, model.base.tokenizer, frozenset(model.base.eos_ids)
-    slots = max(sampling.slots, samples)
+    slots = min(max(sampling.slots, samples), len(prompts) * samples)  # a cache is no larger than it is used
     decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.config.micro_batch_tokens)
     finished: dict[int, Sample] = {}
     running: list[_Running] = []

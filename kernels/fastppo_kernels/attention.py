@@ -56,6 +56,10 @@ class TreeLayout:
     past: int = 0
 
     @cached_property
+    def n_queries(self) -> int:
+        return int(self.cu_q[-1])
+
+    @cached_property
     def buckets(self) -> list[Bucket]:
         """Segments without their root part, grouped so that little is padded; made once per tree, used by every layer."""
         cu_q, cu_k = self.cu_q.tolist(), self.cu_k.tolist()
@@ -68,11 +72,19 @@ class TreeLayout:
                 segments.append((stop - start, cu_k[s + 1] - cu_k[s] - self.root, start, cu_k[s] + self.root))
         segments.sort(key=lambda seg: (seg[0], seg[1]))
         groups: list[list[tuple[int, int, int, int]]] = []
+        most_k = 0  # longest path in the newest group; its queries are sorted, so the segment at hand has the most
         for seg in segments:
-            if groups and _fits(groups[-1], seg, self.root):
+            most_k = max(most_k, seg[1])
+            # Little padding is worth fewer, larger products; memory stays bounded.
+            if (
+                groups
+                and seg[0] <= 2 * groups[-1][0][0] + 4
+                and (len(groups[-1]) + 1) * seg[0] * (self.root + most_k) <= _MAX_BUCKET_SCORES
+            ):
                 groups[-1].append(seg)
             else:
                 groups.append([seg])
+                most_k = seg[1]
         return [self._bucket(group) for group in groups]
 
     def _bucket(self, group: list[tuple[int, int, int, int]]) -> Bucket:
@@ -88,14 +100,6 @@ class TreeLayout:
         k_pos = torch.where(k_valid, self.root + k_step, torch.iinfo(torch.int32).max)
         place = q_valid.flatten().nonzero()[:, 0]
         return Bucket(q_rows, k_rows, q_pos, k_pos, place, q_rows.flatten()[place])
-
-
-def _fits(group: list[tuple[int, int, int, int]], seg: tuple[int, int, int, int], root: int) -> bool:
-    """Whether a segment joins a bucket: little padding is worth fewer, larger products; memory stays bounded."""
-    most_q, most_k = max(seg[0], group[-1][0]), max(seg[1], max(s[1] for s in group[-8:]))
-    if (len(group) + 1) * most_q * (root + most_k) > _MAX_BUCKET_SCORES:
-        return False
-    return seg[0] <= 2 * group[0][0] + 4
 
 
 def root_and_own_attention(
@@ -261,14 +265,14 @@ def _work_dtype(x: Tensor) -> torch.dtype:
 def _pieces(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int | None):
     kv_heads, group, root, past = k.shape[1], q.shape[1] // k.shape[1], layout.root, layout.past
     work = _work_dtype(q)
-    empty = torch.zeros(kv_heads, 0, k.shape[2], dtype=work, device=q.device)
+    no_k, no_v = (torch.zeros(kv_heads, 0, x.shape[2], dtype=work, device=q.device) for x in (k, v))
     k_root, v_root = (x[:root].to(work).transpose(0, 1) for x in (k, v))
     if root > past:  # the root rows themselves, attending to each other
         k_pos = torch.arange(root, device=q.device)
         hide = _hidden(k_pos[past:], k_pos, window)[None, None].repeat(1, 1, group, 1)
         rows = slice(0, root - past)
         q_root = _group_heads(q[None, rows].to(work), kv_heads)
-        yield _Piece(None, rows, q_root, empty, empty[..., : v.shape[2]], k_root[None], v_root[None], None, hide)
+        yield _Piece(None, rows, q_root, no_k, no_v, k_root[None], v_root[None], None, hide)
     for bucket in layout.buckets:
         q_piece = _group_heads(q[bucket.q_rows_SQ].to(work), kv_heads)
         k_own, v_own = (x[bucket.k_rows_SK].to(work).transpose(1, 2) for x in (k, v))
@@ -321,6 +325,8 @@ def attention(
         raise ValueError(f"attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     if k.shape[0] != q.shape[0] + layout.past:
         raise ValueError(f"attention: {k.shape[0]} keys for {q.shape[0]} queries and a past of {layout.past} rows")
+    if q.shape[0] != layout.n_queries:
+        raise ValueError(f"attention: {q.shape[0]} queries for a layout of {layout.n_queries} rows")
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1, got {window}")
     scale = q.shape[2] ** -0.5 if scale is None else scale

@@ -42,8 +42,7 @@ def _restrict(z_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         sorted_BV, order_BV = z_BV.sort(dim=-1, descending=True, stable=True)
         p_BV = sorted_BV.double().softmax(-1)
         before_BV = p_BV.cumsum(-1) - p_BV
-        drop_BV = before_BV >= top_p
-        drop_BV[:, 0] = False
+        drop_BV = before_BV >= top_p  # never the first: nothing is before it
         z_BV = z_BV.masked_fill(drop_BV.scatter(1, order_BV, drop_BV), -torch.inf)
     return z_BV
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from fastppo_kernels import gae, whiten
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastppo_kernels import gae, whiten
 
 
 def textbook(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -51,7 +52,8 @@ def test_packed_and_padded_match_the_textbook_without_the_masked_steps(lengths, 
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(index_dtype)
     rewards, values = torch.randn(2, total, generator=generator, dtype=torch.float64)
     mask = torch.rand(total, generator=generator) < keep
-    lams = torch.rand(sequences, generator=generator) if lam is None else torch.full((sequences,), lam)
+    one_lam = lam if lam is not None else torch.rand(sequences, generator=generator)
+    lams = torch.as_tensor(one_lam, dtype=torch.float64).expand(sequences)
     expected_advantages, expected_returns = torch.zeros(2, total, dtype=torch.float64)
     for i in range(sequences):
         steps = torch.arange(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
@@ -61,7 +63,7 @@ def test_packed_and_padded_match_the_textbook_without_the_masked_steps(lengths, 
         expected_returns[steps] = expected_advantages[steps] + values[steps]
     rewards[~mask] = torch.nan
     values[~mask] = torch.nan
-    how = {"gamma": gamma, "lam": lams if lam is None else lam}
+    how = {"gamma": gamma, "lam": one_lam}
     advantages, returns = gae(rewards, values, cu_seqlens, mask=mask, **how)
     torch.testing.assert_close(advantages, expected_advantages)
     torch.testing.assert_close(returns, expected_returns)

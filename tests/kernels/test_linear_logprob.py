@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastppo_kernels import linear_logprob, token_logprob
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastppo_kernels import linear_logprob, token_logprob
 
 
 def reference(hidden, weight, targets, *, rows=None, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):

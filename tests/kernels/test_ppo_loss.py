@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from fastppo_kernels import ppo_policy_loss, ppo_value_loss, reduce_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastppo_kernels import ppo_policy_loss, ppo_value_loss, reduce_metrics
 
 LOG = math.log
 

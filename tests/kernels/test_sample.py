@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastppo_kernels import sample, token_logprob
 from fastppo_kernels._philox import philox_4x32_10
-from torch import Tensor
 
 INF = float("inf")
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from fastppo_kernels import sampled_kl
 from torch import Tensor
+
+from fastppo_kernels import sampled_kl
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from fastppo_kernels import token_logprob
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastppo_kernels import token_logprob
 
 INF = float("inf")
 

@@ -1,0 +1,88 @@
+"""From texts to token ids, for tokenizers that open, close or merge texts in their own way."""
+
+import pytest
+from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from fastppo.batch.encode import encode_answer, encode_prompts
+from fastppo.errors import UserError
+from fastppo.tasks import Example, get_task
+
+COLA = get_task("cola")
+EXAMPLES = [Example({"sentence": s}, 1, f"train.tsv:{i + 1}") for i, s in enumerate(["The cat sees the dogs.", "She"])]
+
+
+def closing_tokenizer():
+    """Closes every text with </s>, as T5's or some LLaMA conversions do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return tokenizer
+
+
+def merging_tokenizer():
+    """Merges across the border of prompt and answer: ``: y`` is one token, and words are not split at spaces."""
+    alphabet = {c: i + 2 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz :")}
+    vocab = {"<s>": 0, "</s>": 1, **alphabet, ": ": 30, ": y": 31}
+    model = models.BPE(vocab=vocab, merges=[(":", " "), (": ", "y")])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, closing_tokenizer])
+def test_prompts(make):
+    tokenizer = make()
+    prompts = encode_prompts(tokenizer, COLA, EXAMPLES, limit=1000, limit_name="--max-prompt-tokens")
+    for example, ids in zip(EXAMPLES, prompts, strict=True):
+        assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids[1:]) == COLA.prompt(example)
+        assert type(ids) is list
+
+
+def test_no_prompts():
+    assert encode_prompts(tiny_tokenizer(), COLA, [], limit=10, limit_name="x") == []
+
+
+def test_a_prompt_of_nothing_but_an_end_token_is_left_as_it_is():
+    """Some tokenizers use one token for both begin and end of a text."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"</s>": 0, "x": 1}, unk_token="</s>")), eos_token="</s>"
+    )
+    prompts = encode_prompts(tokenizer, COLA, EXAMPLES[:1], limit=99, limit_name="x")
+    assert prompts == [[0]]
+
+
+def test_too_long_a_prompt_names_its_row():
+    prompts = encode_prompts(tiny_tokenizer(), COLA, EXAMPLES, limit=1000, limit_name="x")
+    longest, other = len(prompts[0]), len(prompts[1])
+    assert other < longest
+    with pytest.raises(UserError, match=rf"train.tsv:1: .*{longest} tokens.*at most {longest - 1} \(--max-prompt-tokens\)"):
+        encode_prompts(tiny_tokenizer(), COLA, EXAMPLES, limit=longest - 1, limit_name="--max-prompt-tokens")
+    assert encode_prompts(tiny_tokenizer(), COLA, EXAMPLES, limit=longest, limit_name="x") == prompts
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, closing_tokenizer])
+@pytest.mark.parametrize("answer", [" yes", " no"])
+def test_answer_in_place(make, answer):
+    """Prompt and answer together are what the tokenizer makes of the whole text; one end token closes them."""
+    tokenizer = make()
+    text = COLA.prompt(EXAMPLES[0])
+    prompt = encode_prompts(tokenizer, COLA, EXAMPLES, limit=1000, limit_name="x")[0]
+    ids = encode_answer(tokenizer, text, prompt, answer)
+    assert prompt + ids == [*tiny_tokenizer()(text + answer)["input_ids"], tokenizer.eos_token_id]
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_answer_of_a_tokenizer_that_merges_across_the_border():
+    """The prompt that the sampler continues ends in ``:``; so the answer keeps its own tokens."""
+    tokenizer = merging_tokenizer()
+    prompt = tokenizer("ok:")["input_ids"]
+    together = tokenizer("ok: yes")["input_ids"]
+    assert together[: len(prompt)] != prompt
+    ids = encode_answer(tokenizer, "ok:", prompt, " yes")
+    assert tokenizer.decode(prompt + ids[:-1]) == "ok: yes" and ids[-1] == tokenizer.eos_token_id
+    assert encode_answer(tokenizer, "ok:", prompt, "no")[:-1] == tokenizer("no")["input_ids"]
