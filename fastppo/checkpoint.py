@@ -6,6 +6,7 @@ checkpoint computes what the unbroken run computed.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -75,6 +76,9 @@ def _numbered(folder: Path) -> list[Path]:
 
 def save_adapter(run: Path, tensors: dict[str, Tensor], peft_config: LoraConfig) -> None:
     """Write ``adapter/`` in PEFT's format; ``tensors`` by PEFT's names."""
+    ordered = copy.copy(peft_config)
+    if isinstance(ordered.target_modules, set):  # whose order differs from process to process
+        ordered.target_modules = sorted(ordered.target_modules)
     with files.write_folder(run / "adapter") as fresh:
-        peft_config.save_pretrained(str(fresh))
+        ordered.save_pretrained(str(fresh))
         save_file(tensors, fresh / "adapter_model.safetensors", metadata={"format": "pt"})

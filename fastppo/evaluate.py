@@ -10,6 +10,7 @@ from typing import Any
 import rich.console
 from rich.text import Text
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fastppo import config as config_module
 from fastppo.batch.encode import encode_prompts
@@ -49,6 +50,11 @@ def encode(model: ActorCritic, task: Task, examples: list[Example]) -> LabelledP
             positions - model.config.sample.max_new_tokens,
             "the model's positions less --sample-max-new-tokens",
         )
+    if limit < 1:
+        raise UserError(
+            f"--sample-max-new-tokens: {model.config.sample.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{positions} positions"
+        )
     prompts = encode_prompts(model.base.tokenizer, task, examples, limit=limit, limit_name=name)
     rows = model.base.model.get_input_embeddings().weight.shape[0]
     for example, prompt in zip(examples, prompts, strict=True):
@@ -87,12 +93,17 @@ def with_interval(task: Task, data: LabelledPrompts, result: Evaluation, seed: i
     return {**result.scores, "mcc_low": low, "mcc_high": high, "n": len(data)}
 
 
-def load_adapter(model: ActorCritic, adapter: Path) -> None:
-    """Read a PEFT adapter folder into the policy."""
+def read_adapter(adapter: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter folder, by PEFT's names."""
     try:
-        tensors = load_file(adapter / "adapter_model.safetensors")
+        return load_file(adapter / "adapter_model.safetensors")
     except Exception as error:  # safetensors raises kinds of its own
         raise UserError(f"{adapter}: the adapter cannot be read: {first_line(error)}") from None
+
+
+def load_adapter(model: ActorCritic, adapter: Path) -> None:
+    """Read a PEFT adapter folder into the policy."""
+    tensors = read_adapter(adapter)
     own = model.adapter_tensors(POLICY)
     wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [
         n for n in tensors if n not in own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,18 +11,27 @@ from peft import PeftModel
 from rich.text import Text
 
 from fastppo import files
-from fastppo.evaluate import open_run
-from fastppo.model.load import load_base
+from fastppo.errors import UserError
+from fastppo.evaluate import open_run, read_adapter
+from fastppo.model.load import first_line, load_base
 
 
 def export_run(run: Path, to: Path, merged: bool, console: rich.console.Console) -> None:
-    """Write the run's adapter and tokenizer, or a merged model, to a new folder that plain transformers and peft load."""
+    """Write the run's adapter and tokenizer, or a merged model, to a new folder that plain transformers and peft load.
+
+    Raises:
+        UserError: the run has no adapter yet, or it is damaged, or the base model cannot be loaded.
+    """
     config, adapter = open_run(run)
+    read_adapter(adapter)
     base = load_base(config)
-    with files.write_folder(to) as fresh:
+    try:
+        model = PeftModel.from_pretrained(base.model, str(adapter))
+    except Exception as error:  # peft and torch raise kinds of their own
+        raise UserError(f"{adapter}: the adapter cannot be loaded: {first_line(error)}") from None
+    with files.write_folder(Path(os.path.abspath(to))) as fresh:  # "." has no name that a folder could be renamed to
         if merged:
-            model = PeftModel.from_pretrained(base.model, str(adapter)).merge_and_unload()
-            model.save_pretrained(str(fresh))
+            model.merge_and_unload().save_pretrained(str(fresh))
         else:
             for path in sorted(adapter.iterdir()):
                 shutil.copyfile(path, fresh / path.name)

@@ -171,8 +171,7 @@ def lock_run(run: Path) -> Iterator[None]:
             raise UserError(f"run folder {run}: in use by {who}; wait for it, or choose another --out") from None
         with disk_errors(run):
             file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            os.write(file.fileno(), b"%d\n" % os.getpid())  # past the buffer, which would be written once more at the end
             _clean(run)
         yield
 

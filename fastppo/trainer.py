@@ -407,13 +407,10 @@ class Trainer:
     def _show(self, summary: Mapping[str, Any]) -> None:
         self.tracker.table(summary)
         if summary["tokens_ratio"] is not None:
-            computed = (
-                f"tokens computed {summary['tokens_tree']:,} of {summary['tokens_padded']:,} padded ({summary['tokens_ratio']:.3f})"
-                if summary["packed"]
-                else f"tokens computed {summary['tokens_padded']:,}, all padded"
-            )
+            tree, padded = f"{summary['tokens_tree']:,}", f"{summary['tokens_padded']:,}"
+            share = f"{tree} of {padded} padded ({summary['tokens_ratio']:.3f})" if summary["packed"] else f"{padded}, all padded"
             self.tracker.note(
-                f"{computed}  {summary['samples_per_s']:.0f} samples/s  "
+                f"tokens computed {share}  {summary['samples_per_s']:.0f} samples/s  "
                 f"sampler gap at most {summary['sampler_gap_max']:.1e} nats"
             )
         self.tracker.note(f"wrote {self.run}")

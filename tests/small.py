@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
@@ -127,6 +128,12 @@ def leftovers(run: Path) -> list[str]:
 # has its own signals, descriptors and death, and starts in milliseconds.
 
 
+PRELOAD = [
+    "fastppo.cli", "fastppo.trainer", "fastppo.export", "fastppo.evaluate",
+    "sklearn.metrics", "transformers.models.llama.modeling_llama", "transformers.generation", "peft.tuners.lora.bnb",
+]  # fmt: skip
+
+
 class Command:
     """A command running in its own process."""
 
@@ -145,15 +152,20 @@ class Command:
         return self.process.exitcode, (self.folder / "out").read_text(), (self.folder / "err").read_text()
 
 
-def start(argv: list[str], folder: Path, hook: Callable[..., None] | None = None, *args: Any, cwd: Path | None = None) -> Command:
+def start(
+    argv: list[str], folder: Path, hook: Callable[..., None] | None = None, *args: Any, cwd: Path | None = None
+) -> Command:
     """Begin ``fastppo ARGV``; ``hook(*args)`` runs in the new process before it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastppo.trainer", "fastppo.export", "fastppo.cli"])
-    # The server looks for what it preloads on the interpreter's own path.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "kernels"), str(REPO / "tests")])
+    context.set_forkserver_preload(PRELOAD)
     folder.mkdir(parents=True, exist_ok=True)
     process = context.Process(target=_command, args=(argv, folder, cwd or folder, hook, args))
-    process.start()
+    # The server, which the first process starts, looks for what it preloads on the interpreter's own path.
+    path = os.pathsep.join([str(REPO), str(REPO / "kernels"), str(REPO / "tests")])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
+        process.start()
     return Command(process, folder)
 
 
@@ -170,7 +182,6 @@ def _command(argv: list[str], folder: Path, cwd: Path, hook: Callable[..., None]
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
     os.chdir(cwd)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     if hook is not None:
         hook(*args)
     from fastppo.cli import main

@@ -6,6 +6,7 @@ import torch
 
 from fastppo.batch.rollout import pack
 from fastppo.config import Config
+from fastppo.errors import UserError
 from fastppo.model.actor_critic import ActorCritic
 
 
@@ -17,6 +18,9 @@ def sft_step(
     answers: list[list[int]],
 ) -> dict[str, float]:
     """One optimizer step on prompts and their answers (token ids). The loss is the mean over answer tokens.
+
+    Raises:
+        UserError: the loss or its gradient is not finite.
 
     Returns:
         loss (nats per token), grad_norm, tokens_tree and tokens_padded.
@@ -37,6 +41,8 @@ def sft_step(
         loss.backward()
         loss_sum += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.trainable(), config.ppo.max_grad_norm)
+    if not torch.isfinite(loss_sum + norm):
+        raise UserError("the loss is no longer finite: supervised fine-tuning has diverged; lower --sft-lr")
     optimizer.step()
     return {
         "loss": float(loss_sum),

@@ -119,6 +119,8 @@ class Backbone:
         device = self.head.weight.device
         tree = build_tree(sequences, device=device)
         own = [self.model(torch.tensor([s], device=device), use_cache=False).logits[0].float() for s in sequences]
+        if not all(logits.isfinite().all() for logits in own):
+            raise UserError(f"model {self.model.name_or_path!r}: its logits are not finite numbers: damaged weights?")
         tolerance = 1e-3 if self.head.weight.dtype == torch.float32 else 0.15
         original = self.model.config._attn_implementation
         try:

@@ -69,9 +69,15 @@ def load_base(config: Config) -> Base:
         AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except Exception as error:  # transformers, safetensors and torch each raise kinds of their own for a damaged folder
         raise UserError(f"{shown}: cannot be loaded: {first_line(error)}") from error
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{shown}: the weights do not fit its config.json: {name!r} has shape {list(found)}, expected {list(wanted)}"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(

@@ -103,7 +103,7 @@ def test_unknown_factor_on_the_logits_is_refused(kind, monkeypatch):
 def test_nan_in_the_weights_is_refused():
     model = make_base("llama").model
     model.get_output_embeddings().weight[5, 5] = torch.nan
-    with pytest.raises(UserError, match="not supported"):
+    with pytest.raises(UserError, match="not finite"):
         Backbone(model)
 
 

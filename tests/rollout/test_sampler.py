@@ -1,17 +1,21 @@
 """The sampler: transformers' own greedy answers, the trainer's log-probs, and draws that depend on nothing but their sample."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from engine import PACKED_KINDS, make_model, random_ids, random_prompts, tree_of_rollout
+from engine import PACKED_KINDS, make_config, make_model, random_ids, random_prompts, tiny_folder, tree_of_rollout
 from fastppo_kernels import sample as sample_op
 from tiny import KINDS
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastppo.algorithms.ppo import estimate
 from fastppo.batch.rollout import Sample, pack_rollout
 from fastppo.errors import Interrupted, UserError
 from fastppo.model.actor_critic import POLICY
+from fastppo.model.load import load_base
 from fastppo.rollout import sampler
 from fastppo.rollout.sampler import Sampling, generate
 
@@ -77,8 +81,8 @@ def test_draws_do_not_depend_on_slots_or_neighbours(kind):
         assert answers(model, prompts, 2, slots) == whole
     for p in (0, 4, 8):  # alone, under the number that the sample has in the whole
         assert answers(model, [prompts[p]], 2, slots=8, first_id=2 * p) == whole[2 * p : 2 * p + 2]
-    # Another order of admission, with other neighbours: the pairs of prompts swap places.
-    for a in (0, 2, 4):
+    # Without the first ones: every prompt is admitted at another time, into another slot, with other neighbours.
+    for a in (1, 2, 5):
         assert answers(model, prompts[a:], 2, slots=4, first_id=2 * a) == whole[2 * a :]
     assert answers(model, prompts, 2, slots=64, seed=4) != whole
     assert answers(model, prompts, 2, slots=64, first_id=1000) != whole
@@ -95,9 +99,8 @@ def test_small_prefill_budget_changes_nothing(kind):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mpt"])
 def test_many_sequences_through_few_slots(kind):
     """200 sequences of mixed lengths: none lost, none twice, each in its place and continuing its own prompt."""
-    model = make_model(kind, spread=0.2)
-    # End tokens among ordinary ones make answers of every length.
-    model.base = model.base.__class__(model.base.model, model.base.tokenizer, tuple(range(0, 320, 6)), model.base.name)
+    model = make_model(kind)
+    model.base = replace(model.base, eos_ids=tuple(range(0, 320, 6)))  # answers of every length
     prompts = random_prompts(5, 50, longest=14)
     rollout = generate(model, prompts, 4, Sampling(max_new_tokens=12, slots=8), seed=0)
     assert rollout.prompts == prompts
@@ -112,7 +115,7 @@ def test_many_sequences_through_few_slots(kind):
     # Only the right prompt explains the log-probs, so no answer was filed under another's name.
     scores = model.forward(tree_of_rollout(rollout), temperature=1.0)
     sampled = torch.tensor([x for s in rollout.samples for x in s.logprobs])
-    assert (scores.logprob - sampled).abs().max() < 1e-5
+    assert (scores.logprob - sampled).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,16 +152,11 @@ def test_slots_below_the_samples_of_a_prompt():
 
 def test_end_tokens_of_the_generation_config(tmp_path):
     """A model that lists several end tokens ends at any of them; the tokenizer's own comes first."""
-    from engine import make_config, tiny_folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fastppo.model.load import load_base
-
     base = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
     base.generation_config.eos_token_id = list(range(40, 320))
     base.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_folder("llama")).save_pretrained(tmp_path)
-    loaded = load_base(make_config("llama").__class__(model=str(tmp_path), device="cpu"))
+    loaded = load_base(replace(make_config("llama"), model=str(tmp_path)))
     assert loaded.eos_ids == (1, *range(40, 320))
     model = make_model("llama")
     model.base = loaded
@@ -304,9 +302,8 @@ def test_a_diverged_policy_ends_with_one_line(kind):
     rollout = generate(model, random_prompts(0, 4), 2, DRAW, seed=0)
     assert all(isinstance(s, Sample) and len(s.tokens) == 8 for s in rollout.samples)
     minis = pack_rollout(
-        rollout, minibatches=1, budget=500, padded=not model.backbone.packed, device="cpu",
-        rng=__import__("numpy").random.default_rng(0),
-    )  # fmt: skip
+        rollout, minibatches=1, budget=500, padded=not model.backbone.packed, device="cpu", rng=np.random.default_rng(0)
+    )
     with pytest.raises(UserError, match="diverged"):
         estimate(model, minis, rollout, [0.0] * 8, 0.0, model.config)
 
