@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import rich.console
@@ -26,7 +27,9 @@ def export_run(run: Path, to: Path, merged: bool, console: rich.console.Console)
     read_adapter(adapter)
     base = load_base(config)
     try:
-        model = PeftModel.from_pretrained(base.model, str(adapter))
+        with warnings.catch_warnings():  # of peft's own calls into transformers
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(base.model, str(adapter))
     except Exception as error:  # peft and torch raise kinds of their own
         raise UserError(f"{adapter}: the adapter cannot be loaded: {first_line(error)}") from None
     with files.write_folder(Path(os.path.abspath(to))) as fresh:  # "." has no name that a folder could be renamed to

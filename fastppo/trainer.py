@@ -408,9 +408,12 @@ class Trainer:
         self.tracker.table(summary)
         if summary["tokens_ratio"] is not None:
             tree, padded = f"{summary['tokens_tree']:,}", f"{summary['tokens_padded']:,}"
-            share = f"{tree} of {padded} padded ({summary['tokens_ratio']:.3f})" if summary["packed"] else f"{padded}, all padded"
+            if summary["packed"]:
+                computed = f"{tree} of {padded} padded ({summary['tokens_ratio']:.3f})"
+            else:
+                computed = f"{padded}, all padded"
             self.tracker.note(
-                f"tokens computed {share}  {summary['samples_per_s']:.0f} samples/s  "
+                f"tokens computed {computed}  {summary['samples_per_s']:.0f} samples/s  "
                 f"sampler gap at most {summary['sampler_gap_max']:.1e} nats"
             )
         self.tracker.note(f"wrote {self.run}")

@@ -1,10 +1,12 @@
 """Whole runs of seconds: a tiny random model, a small data folder, settings for both; in this process or in a new one."""
 
+import importlib
 import io
 import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,3 +189,35 @@ def _command(argv: list[str], folder: Path, cwd: Path, hook: Callable[..., None]
     from fastppo.cli import main
 
     sys.exit(main(argv))
+
+
+# Hooks for them.
+
+
+def kill_at(module: str, name: str, count: int, signum: int = signal.SIGKILL, *, after: bool = False, then: int = 0) -> None:
+    """In the new process: at the ``count``-th call of a function the process sends itself a signal (``then``: another)."""
+    owner = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), 0
+
+    def wrapper(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        result = original(*args, **kwargs) if after else None
+        if calls == count:
+            os.kill(os.getpid(), signum)
+            if then:
+                os.kill(os.getpid(), then)
+        return result if after else original(*args, **kwargs)
+
+    setattr(owner, last, wrapper)
+
+
+def kill_after(*place) -> None:
+    kill_at(*place, after=True)
+
+
+def signal_twice(module: str, name: str, count: int, first: int, second: int) -> None:
+    kill_at(module, name, count, first, then=second)

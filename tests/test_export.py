@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from small import quiet_console
+from small import call, quiet_console
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -94,10 +94,12 @@ def test_into_an_empty_current_folder(run, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "empty" / "adapter_config.json").is_file()
 
 
-def test_to_a_new_folder_in_a_new_folder(run, tmp_path, capsys):
-    assert cli.main(["export", str(run), "--to", str(tmp_path / "a" / "b"), "--merged"]) == 0
-    assert "AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
-    assert (tmp_path / "a" / "b" / "model.safetensors").is_file()
+@pytest.mark.parametrize("merged", [False, True])
+def test_to_a_new_folder_in_a_new_folder(run, tmp_path, merged):
+    code, out, err = call(["export", str(run), "--to", str(tmp_path / "a" / "b"), *["--merged"] * merged], tmp_path)
+    assert (code, err) == (0, "")
+    assert ("AutoModelForCausalLM" if merged else "AutoPeftModelForCausalLM") + ".from_pretrained(" in out
+    assert (tmp_path / "a" / "b" / "model.safetensors").is_file() == merged
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 

@@ -10,7 +10,19 @@ import sys
 import time
 
 import pytest
-from small import REPO, call, leftovers, lines, outcome, ppo_steps, start, write_rows
+from small import (
+    REPO,
+    call,
+    kill_after,
+    kill_at,
+    leftovers,
+    lines,
+    outcome,
+    ppo_steps,
+    signal_twice,
+    start,
+    write_rows,
+)
 from tiny import save_tiny_model
 
 
@@ -20,37 +32,6 @@ def unbroken(world, tmp_path_factory):
     code, _, err = call(world.argv(folder / "run"), folder)
     assert (code, err) == (0, ""), err
     return folder / "run"
-
-
-def kill_at(module: str, name: str, count: int, signum: int = signal.SIGKILL, *, after: bool = False, then: int = 0) -> None:
-    """In the new process: at the ``count``-th call of a function the process sends itself a signal (``then``: another)."""
-    import importlib
-
-    owner = importlib.import_module(module)
-    *path, last = name.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    original, calls = getattr(owner, last), 0
-
-    def wrapper(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        result = original(*args, **kwargs) if after else None
-        if calls == count:
-            os.kill(os.getpid(), signum)
-            if then:
-                os.kill(os.getpid(), then)
-        return result if after else original(*args, **kwargs)
-
-    setattr(owner, last, wrapper)
-
-
-def kill_after(*place) -> None:
-    kill_at(*place, after=True)
-
-
-def signal_twice(module: str, name: str, count: int, first: int, second: int) -> None:
-    kill_at(module, name, count, first, then=second)
 
 
 def resume(run, folder, *more: str, hook=None, args=()):
@@ -288,8 +269,12 @@ def test_data_or_model_changed(world, tmp_path, what):
     assert "settings, data or base model changed" in refused(run, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "flipped", "empty"])
+DAMAGES = [(f"{name}.safetensors", damage) for name in ("model", "optimizer", "best") for damage in ("cut", "flipped")]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [*DAMAGES, ("best.safetensors", "gone"), ("state.json", "cut"), ("state.json", "empty")]
+)
 def test_damaged_checkpoint_is_named_and_the_one_before_goes_on(half, tmp_path, unbroken, name, damage):
     newest = max((half / "checkpoints").iterdir())
     path = newest / name

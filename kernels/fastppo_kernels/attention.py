@@ -17,8 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Scores of one gathered bucket stay below this many elements, so that memory is bounded whatever the batch.
-_MAX_BUCKET_SCORES = 1 << 24
+# Scores of one gathered bucket stay below this many elements a head, so that memory is bounded whatever the batch.
+_MAX_BUCKET_SCORES = 1 << 22
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,7 @@ def make_rollout(seed, prompts=7, samples=3):
 @pytest.mark.parametrize("padded", [False, True])
 def test_pack_rollout(minibatches, padded):
     rollout = make_rollout(0)
-    minis = pack_rollout(
-        rollout, minibatches=minibatches, budget=25, padded=padded, device="cpu", rng=np.random.default_rng(0)
-    )
+    minis = pack_rollout(rollout, minibatches=minibatches, budget=25, padded=padded, device="cpu", rng=np.random.default_rng(0))
     assert len(minis) == minibatches
     seen = [i for mini in minis for part in mini.parts for i in part.samples]
     assert sorted(seen) == list(range(len(rollout.samples)))
@@ -85,9 +83,7 @@ def test_division_is_random_and_repeatable():
     rollout = make_rollout(1)
 
     def order(seed):
-        minis = pack_rollout(
-            rollout, minibatches=2, budget=30, padded=False, device="cpu", rng=np.random.default_rng(seed)
-        )
+        minis = pack_rollout(rollout, minibatches=2, budget=30, padded=False, device="cpu", rng=np.random.default_rng(seed))
         return [part.samples for mini in minis for part in mini.parts]
 
     assert order(0) == order(0)

@@ -5,8 +5,9 @@ from importlib import import_module
 
 import pytest
 import torch
-from fastppo_kernels.attention import TreeLayout, attention, decode_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from fastppo_kernels.attention import TreeLayout, attention, decode_attention
 
 module = import_module("fastppo_kernels.attention")  # the package's attribute of this name is the function
 
@@ -145,7 +146,9 @@ def test_large_scores_do_not_overflow():
     layout = make_layout(random.Random(4), root=3, segments=6, longest=4)
     q, k, v = (x.detach().float() for x in inputs(layout))
     got = attention(q * 200, k * 200, v, layout)
-    torch.testing.assert_close(got.double(), dense(q.double() * 200, k.double() * 200, v.double(), seen(layout)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        got.double(), dense(q.double() * 200, k.double() * 200, v.double(), seen(layout)), atol=1e-3, rtol=0
+    )
 
 
 def test_gradcheck():

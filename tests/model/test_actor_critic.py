@@ -220,9 +220,7 @@ def test_state_round_trip(settings, reference):
     for ours, theirs in zip(expected, other.forward(tree, temperature=1.0), strict=True):
         assert torch.equal(ours, theirs)
     if reference:
-        assert torch.equal(
-            *(m.reference_logprob(tree, temperature=1.0) for m in (model, other))
-        )
+        assert torch.equal(*(m.reference_logprob(tree, temperature=1.0) for m in (model, other)))
         assert not any(p.requires_grad for p in other.adapter_tensors(REFERENCE).values())
     take_steps(other, tree, n=1)  # the loaded parameters still train
     assert not same(state, other.state())
@@ -282,7 +280,9 @@ def test_adapter_loads_in_plain_peft(tmp_path):
     model = make_model("llama", lora__rank=3, lora__alpha=5, lora__rslora=True)
     config: LoraConfig = model.peft_config
     config.save_pretrained(tmp_path)
-    save_file({n: p.detach().contiguous() for n, p in model.adapter_tensors(POLICY).items()}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {n: p.detach().contiguous() for n, p in model.adapter_tensors(POLICY).items()}, tmp_path / "adapter_model.safetensors"
+    )
     sequence = random_prompts(0, 1)[0]
     tree = build_tree([sequence])
     logits = model.backbone.head.logits(model.backbone.hidden(tree))

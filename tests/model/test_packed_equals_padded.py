@@ -28,9 +28,7 @@ class PlainModel:
         config = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         self.peft = get_peft_model(base, config, adapter_name=POLICY).eval()
         ours = model.adapter_tensors(POLICY)
-        self.parameters = {
-            name.replace(f".{POLICY}.", "."): p for name, p in self.peft.named_parameters() if p.requires_grad
-        }
+        self.parameters = {name.replace(f".{POLICY}.", "."): p for name, p in self.peft.named_parameters() if p.requires_grad}
         assert self.parameters.keys() == ours.keys()
         with torch.no_grad():
             for name, parameter in self.parameters.items():

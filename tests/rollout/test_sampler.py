@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from engine import PACKED_KINDS, make_config, make_model, random_ids, random_prompts, tiny_folder, tree_of_rollout
-from fastppo_kernels import sample as sample_op
 from tiny import KINDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +17,7 @@ from fastppo.model.actor_critic import POLICY
 from fastppo.model.load import load_base
 from fastppo.rollout import sampler
 from fastppo.rollout.sampler import Sampling, generate
+from fastppo_kernels import sample as sample_op
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8, slots=4)
 DRAW = Sampling(temperature=1.0, max_new_tokens=8, slots=4)
