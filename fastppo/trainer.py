@@ -124,8 +124,9 @@ class Trainer:
         self.tracker = tracker
         if self.state.stage == "done" and (self.run / "summary.json").is_file():
             self.tracker.note(f"run {self.run}: is finished already, nothing to do")
-            self._show(self.summary())
-            return self.summary()
+            summary = self.summary()
+            self.tracker.table(summary)
+            return summary
         self._announce()
         if self.state.stage == "zero_shot":
             self._finish_stage("zero_shot", "sft", labels=0)
