@@ -37,7 +37,10 @@ from fastppo.track import Tracker
 # Streams of randomness, each drawn from (seed, stream, step): no generator state to save, nothing to drift on resuming.
 SPLIT, SFT_ORDER, PPO_ORDER, PPO_UPDATE = range(4)
 
-REAL_MODEL_HINT = "using the built-in {what}; for a real one: fastppo train --task {task} --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:cola"
+REAL_MODEL_HINT = (
+    "using the built-in {what}; for a real one: "
+    "fastppo train --task {task} --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:cola"
+)
 
 
 @dataclass
