@@ -102,7 +102,7 @@ class SftConfig:
 class PpoConfig:
     """Proximal policy optimisation."""
 
-    iterations: int = _setting(120, "rounds of sample, score, update (0 skips the stage)", low=0)
+    iterations: int = _setting(70, "rounds of sample, score, update (0 skips the stage)", low=0)
     prompts: int = _setting(128, "prompts per iteration", f"{NPLUS}: 512 samples per update", low=1)
     samples: int = _setting(4, "samples per prompt", f"{NPLUS}: 512 samples per update", low=1)
     epochs: int = _setting(2, "passes over each iteration's samples", f"{NPLUS}: few epochs on a large batch", low=1)
