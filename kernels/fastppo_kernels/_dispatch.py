@@ -1,0 +1,49 @@
+"""Which implementation of an op runs: the Triton kernel or the torch twin.
+
+The choice is made per call (``backend=``), else by the environment variable ``FASTPPO_KERNELS``, else by what is there:
+Triton for CUDA tensors where triton can be imported, torch for everything else. Under ``TRITON_INTERPRET=1`` the Triton
+kernels also take CPU tensors, which is how they are tested without a GPU.
+"""
+
+import os
+from functools import cache
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+VARIABLE = "FASTPPO_KERNELS"
+
+
+@cache
+def triton_importable() -> bool:
+    """Whether triton can be imported; asked only when a kernel might run, for the import takes a moment."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(tensor: Tensor, backend: Backend | None) -> bool:
+    """Whether the op runs as a Triton kernel on this tensor.
+
+    Raises:
+        ValueError: an unknown back end, or ``triton`` where it cannot run.
+    """
+    name, wanted = ("backend", backend) if backend is not None else (VARIABLE, os.environ.get(VARIABLE, "auto"))
+    if wanted not in get_args(Backend):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(Backend))}, got {wanted!r}")
+    if wanted == "torch":
+        return False
+    if wanted == "auto":
+        return tensor.is_cuda and triton_importable()
+    if not tensor.is_cuda and not interpreting():
+        raise ValueError(f"{name} 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {tensor.device}")
+    if not triton_importable():
+        raise ValueError(f"{name} 'triton': triton is not installed")
+    return True
