@@ -1,8 +1,14 @@
 """Fixtures for every test: public data and small models that lie beside the repository on some machines."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU the Triton kernels run in triton's interpreter. Triton looks when it is imported, and transformers imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

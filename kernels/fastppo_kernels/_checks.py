@@ -52,7 +52,8 @@ def check_number(
     limits = [f"> {above:g}"] if above is not None else []
     limits += [f">= {at_least:g}"] if at_least is not None else []
     limits += [f"<= {at_most:g}"] if at_most is not None else []
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # A comparison rather than math.isfinite, which torch.compile cannot trace.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
     if (
         not is_number
         or (above is not None and value <= above)
@@ -71,23 +72,31 @@ def check_integer(name: str, value: int, *, at_least: int, at_most: int | None =
 
 
 def check_range(name: str, index: Tensor, size: int, what: str) -> None:
-    """On the CPU, raise unless every index is in [0, size). On a GPU the check would synchronise and is left out."""
-    if index.device.type == "cpu" and index.numel():
+    """On the CPU, raise unless every index is in [0, size).
+
+    Left out on a GPU, where looking would synchronise, and while compiling, where it would break the graph.
+    """
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
         low, high = (int(bound) for bound in torch.aminmax(index))
         if low < 0 or high >= size:
             raise ValueError(f"{name} must be in [0, {size}) ({what}), got values from {low} to {high}")
 
 
-def check_mask(mask: Tensor | None, like_name: str, like: Tensor) -> Tensor:
-    """`mask` as bool, all true for None; raise unless it is bool or integer with the shape and device of `like`."""
+def check_mask_argument(mask: Tensor | None, like_name: str, like: Tensor) -> None:
+    """Raise unless `mask` is None, or bool or integer with the shape and device of `like`."""
     if mask is None:
-        return torch.ones(like.shape, dtype=torch.bool, device=like.device)
+        return
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must be a bool or integer tensor, got {came}")
     check_shape("mask", mask, tuple(like.shape), f"that of {like_name}")
     check_device("mask", mask, like_name, like)
-    return mask != 0
+
+
+def check_mask(mask: Tensor | None, like_name: str, like: Tensor) -> Tensor:
+    """`mask` as bool, all true for None; raise unless it is bool or integer with the shape and device of `like`."""
+    check_mask_argument(mask, like_name, like)
+    return torch.ones(like.shape, dtype=torch.bool, device=like.device) if mask is None else mask != 0
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

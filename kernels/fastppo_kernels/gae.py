@@ -1,9 +1,21 @@
 """Generalised advantage estimation and whitening."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from ._checks import accumulate_dtype, check_device, check_float, check_index, check_mask, check_number, check_shape
+from ._checks import (
+    accumulate_dtype,
+    check_device,
+    check_float,
+    check_index,
+    check_mask,
+    check_mask_argument,
+    check_number,
+    check_shape,
+)
+from ._dispatch import Backend, use_triton
 
 
 def _sequence_ends(cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -13,17 +25,40 @@ def _sequence_ends(cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return sequence_A, cu_seqlens[sequence_A + 1]
 
 
-def _lambda_of(lam: float | Tensor, sequence_A: Tensor, sequences: int, device: torch.device) -> Tensor:
+def _check_lambda(lam: float | Tensor, sequences: int, device: torch.device) -> None:
     if isinstance(lam, Tensor):
         check_float("lam", lam)
         check_shape("lam", lam, (sequences,), "one for each sequence")
         if lam.device != device:
             raise ValueError(f"lam must be on the device of rewards ({device}), got {lam.device}")
-        return lam.double()[sequence_A]
-    check_number("lam", lam, at_least=0, at_most=1)
-    return torch.full(sequence_A.shape, float(lam), dtype=torch.float64, device=device)
+    else:
+        check_number("lam", lam, at_least=0, at_most=1)
 
 
+@overload
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    mask: Tensor | None = None,
+    with_sums: Literal[False] = False,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    mask: Tensor | None = None,
+    with_sums: Literal[True],
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 @torch.no_grad()
 def gae(
     rewards: Tensor,
@@ -33,7 +68,9 @@ def gae(
     gamma: float = 1.0,
     lam: float | Tensor = 0.95,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_sums: bool = False,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Advantages and returns of episodes that all end (no bootstrap: the value after the last step is 0).
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1},    return_t = A_t + V_t
@@ -53,10 +90,15 @@ def gae(
         gamma: in [0, 1].
         lam: in [0, 1], or a tensor with one for each sequence ([N] or [B]; values not checked).
         mask: bool or integer, the shape of the rewards; None: every step counts.
+        with_sums: also return what `whiten` needs.
+        backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. float64 rewards always take
+            the torch form.
 
     Returns:
         (advantages, returns), the shape of the rewards, float32 (float64 for float64 rewards), detached; 0 at masked
-        steps.
+        steps. With `with_sums` also float64 [N, 3], for each sequence the number, the sum and the sum of the squares of its
+        counted advantages: `whiten(advantages, mask, sums=sums)` then need not read them first, and the sums of several
+        batches, concatenated, whiten each with the mean and variance of all.
 
     Raises:
         ValueError: a wrong shape, dtype, device or number.
@@ -66,12 +108,12 @@ def gae(
     check_shape("values", values, tuple(rewards.shape), "that of rewards")
     check_device("values", values, "rewards", rewards)
     check_number("gamma", gamma, at_least=0, at_most=1)
-    mask_A = check_mask(mask, "rewards", rewards).reshape(-1)
+    check_mask_argument(mask, "rewards", rewards)
     shape, size, device = rewards.shape, rewards.numel(), rewards.device
     if cu_seqlens is None:
         if rewards.dim() != 2:
             raise ValueError(f"rewards must have shape [B, T] where cu_seqlens is None, got {list(shape)}")
-        cu_seqlens = torch.arange(shape[0] + 1, device=device) * shape[1]
+        sequences = shape[0]
     else:
         check_index("cu_seqlens", cu_seqlens)
         if rewards.dim() != 1:
@@ -79,12 +121,29 @@ def gae(
         if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
             raise ValueError(f"cu_seqlens must have shape [N + 1], got {list(cu_seqlens.shape)}")
         check_device("cu_seqlens", cu_seqlens, "rewards", rewards)
+        sequences = len(cu_seqlens) - 1
         if device.type == "cpu" and (
             int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != size or bool((cu_seqlens.diff() < 0).any())
         ):
             raise ValueError(f"cu_seqlens must rise from 0 to {size}, the length of rewards, got {cu_seqlens.tolist()}")
+    _check_lambda(lam, sequences, device)
+    if use_triton(rewards, backend) and rewards.dtype != torch.float64:
+        from . import _triton_gae
+
+        of_tensor = isinstance(lam, Tensor)
+        advantages, returns, sums = _triton_gae.gae(
+            rewards, values, cu_seqlens, mask, lam if of_tensor else None, float(gamma), 0.0 if of_tensor else float(lam)
+        )
+        return (advantages, returns, sums) if with_sums else (advantages, returns)
+
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(shape[0] + 1, device=device) * shape[1]
+    mask_A = check_mask(mask, "rewards", rewards).reshape(-1)
     sequence_A, end_A = _sequence_ends(cu_seqlens.long(), size)
-    lam_A = _lambda_of(lam, sequence_A, len(cu_seqlens) - 1, device)
+    if isinstance(lam, Tensor):
+        lam_A = lam.double()[sequence_A]
+    else:
+        lam_A = torch.full(sequence_A.shape, float(lam), dtype=torch.float64, device=device)
 
     reward_A = torch.where(mask_A, rewards.reshape(-1).double(), 0.0)
     value_A = torch.where(mask_A, values.reshape(-1).double(), 0.0)
@@ -108,11 +167,26 @@ def gae(
 
     dtype = accumulate_dtype(rewards.dtype)
     advantage_A = torch.where(mask_A, d_A, 0.0)
-    return advantage_A.to(dtype).view(shape), (advantage_A + value_A).to(dtype).view(shape)
+    stored_A = advantage_A.to(dtype)
+    advantages, returns = stored_A.view(shape), (advantage_A + value_A).to(dtype).view(shape)
+    if not with_sums:
+        return advantages, returns
+    # Each row is added up in one fixed order; "unsafe" leaves out a check that would synchronise.
+    rows_A3 = torch.stack([mask_A.double(), stored_A.double(), stored_A.double().square()], dim=1)
+    sums_N3 = torch.segment_reduce(rows_A3, "sum", lengths=cu_seqlens.diff(), axis=0, initial=0, unsafe=True)
+    return advantages, returns, sums_N3
 
 
 @torch.no_grad()
-def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    sums: Tensor | None = None,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    backend: Backend | None = None,
+) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the entries that count, with the unbiased variance (n - 1), as TRL and verl do.
 
     Without `shift_mean` the mean is added back: scaled but not centred, for rewards (Ziegler et al. 2019, arXiv
@@ -120,6 +194,10 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ep
 
     Args:
         x: any shape; floating point. mask: bool or integer, the same shape; None: all count. eps: >= 0.
+        sums: [N, 3] float64, rows of (count, sum, sum of squares) as `gae` gives them, whose totals define mean and variance;
+            None: those of x.
+        backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. float64 always takes the torch
+            form.
 
     Returns:
         The shape of x, float32 (float64 for float64), detached; 0 where masked, whatever x holds there.
@@ -128,12 +206,30 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ep
         ValueError: a wrong shape, dtype, device or number.
     """
     check_float("x", x)
-    mask = check_mask(mask, "x", x)
+    check_mask_argument(mask, "x", x)
     check_number("eps", eps, at_least=0)
-    count = mask.sum()
-    mean = torch.where(mask, x.double(), 0.0).sum() / count.clamp(min=1)
-    centred = torch.where(mask, x.double() - mean, 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    if sums is not None:
+        if not isinstance(sums, Tensor) or sums.dtype != torch.float64:
+            raise ValueError(f"sums must be a float64 tensor, got {getattr(sums, 'dtype', type(sums).__name__)}")
+        if sums.dim() != 2 or sums.shape[1] != 3:
+            raise ValueError(f"sums must have shape [N, 3], got {list(sums.shape)}")
+        check_device("sums", sums, "x", x)
+    if use_triton(x, backend) and x.dtype != torch.float64:
+        from . import _triton_gae
+
+        return _triton_gae.whiten(x.detach(), mask, sums, shift_mean, float(eps))
+
+    mask = check_mask(mask, "x", x)
+    if sums is not None:
+        count, total, squares = sums.sum(0)
+        mean = total / count.clamp(min=1)
+        centred = torch.where(mask, x.double() - mean, 0.0)
+        variance = (squares - total * mean).clamp(min=0) / (count - 1).clamp(min=1)
+    else:
+        count = mask.sum()
+        mean = torch.where(mask, x.double(), 0.0).sum() / count.clamp(min=1)
+        centred = torch.where(mask, x.double() - mean, 0.0)
+        variance = centred.square().sum() / (count - 1).clamp(min=1)
     # Equal entries stay 0 even with eps = 0.
     scaled = torch.where(centred == 0, 0.0, centred * torch.rsqrt(variance + eps))
     shifted = scaled if shift_mean else scaled + mean

@@ -1,41 +1,94 @@
 """The clipped losses of PPO (Schulman et al. 2017, arXiv 1707.06347) for tokens, as sums over actions divided by a
 given count.
 
+The torch forms are the definition. The Triton form (`_triton_loss`) does policy and value, metrics and gradients
+included, in one launch and a finishing one.
+
 A mini-batch that is cut into micro-batches passes the whole mini-batch's number of actions as `denominator`; the
 micro-batches' losses and gradients then add up to the mini-batch's. Metrics add up in the same way: see
 `reduce_metrics`.
 """
 
+import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ._checks import accumulate_dtype, check_device, check_float, check_mask, check_number, check_shape
+from ._checks import (
+    accumulate_dtype,
+    check_device,
+    check_float,
+    check_mask,
+    check_mask_argument,
+    check_number,
+    check_shape,
+)
+from ._dispatch import Backend, use_triton
 from .kl import MAX_LOG_RATIO, KLEstimator, sampled_kl
 
 
-def _token(name: str, tensor: Tensor, like_name: str, like: Tensor, mask: Tensor) -> Tensor:
-    """Check one per-token input and return it in the accumulation dtype of `like`, 0 where masked.
+def _check_tokens(like_name: str, like: Tensor, mask: Tensor | None, **tensors: Tensor | None) -> None:
+    """Raise unless all per-token inputs that are given have the shape and device of the first."""
+    check_float(like_name, like)
+    check_mask_argument(mask, like_name, like)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_float(name, tensor)
+            check_shape(name, tensor, tuple(like.shape), f"that of {like_name}")
+            check_device(name, tensor, like_name, like)
+
+
+def _check_policy(
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy: Tensor | None,
+    entropy_coef: float,
+    ref_logprob: Tensor | None,
+    kl_coef: float,
+    kl_estimator: KLEstimator,
+) -> None:
+    check_number("clip_low", clip_low, at_least=0, at_most=1)
+    check_number("clip_high", clip_high, at_least=0)
+    check_number("entropy_coef", entropy_coef)
+    check_number("kl_coef", kl_coef)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, above=1)
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy must be given for entropy_coef {entropy_coef!r}, got None")
+    if kl_coef and ref_logprob is None:
+        raise ValueError(f"ref_logprob must be given for kl_coef {kl_coef!r}, got None")
+    if kl_estimator not in get_args(KLEstimator):
+        raise ValueError(f"estimator must be one of {', '.join(get_args(KLEstimator))}, got {kl_estimator!r}")
+
+
+def _check_value(old_values: Tensor | None, clip: float | None, huber_delta: float | None) -> None:
+    if clip is not None:
+        check_number("clip", clip, above=0)
+        if old_values is None:
+            raise ValueError(f"old_values must be given for clip {clip!r}, got None")
+    if huber_delta is not None:
+        check_number("huber_delta", huber_delta, above=0)
+
+
+def _check_denominator(denominator: float | Tensor | None, like: Tensor) -> None:
+    if isinstance(denominator, Tensor):
+        check_shape("denominator", denominator, (), "one number")
+        check_device("denominator", denominator, "the inputs", like)
+    elif denominator is not None:
+        check_number("denominator", denominator, above=0)
+
+
+def _token(tensor: Tensor, dtype: torch.dtype, mask: Tensor) -> Tensor:
+    """One per-token input in `dtype`, 0 where masked.
 
     `where` rather than a product: a masked position may hold NaN or inf, and neither its value nor its gradient may
     leak.
     """
-    check_float(name, tensor)
-    check_shape(name, tensor, tuple(like.shape), f"that of {like_name}")
-    check_device(name, tensor, like_name, like)
-    return torch.where(mask, tensor.to(accumulate_dtype(like.dtype)), 0.0)
-
-
-def _denominator(denominator: float | Tensor | None, mask: Tensor) -> float | Tensor:
-    if denominator is None:
-        return mask.sum().clamp(min=1)
-    if isinstance(denominator, Tensor):
-        check_shape("denominator", denominator, (), "one number")
-        check_device("denominator", denominator, "the inputs", mask)
-        return denominator
-    check_number("denominator", denominator, above=0)
-    return denominator
+    return torch.where(mask, tensor.to(dtype), 0.0)
 
 
 def _sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -58,6 +111,7 @@ def ppo_policy_loss(
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     denominator: float | Tensor | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate, minus entropy bonus, plus KL to the reference:
 
@@ -78,6 +132,8 @@ def ppo_policy_loss(
         kl_estimator: see `sampled_kl`, above all for what each does as a loss ("k2" has the gradient of the reverse
             KL).
         denominator: > 0, a number or a 0-d tensor; None: the number of actions here (1 if there are none).
+        backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. The Triton form is
+            differentiable once; float64 inputs always take the torch form.
 
     Returns:
         (loss, metrics): loss 0-d float32 (float64 for float64 inputs). metrics are detached 0-d float64 sums over the
@@ -88,23 +144,26 @@ def ppo_policy_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    check_float("logprob", logprob)
-    mask = check_mask(mask, "logprob", logprob)
-    check_number("clip_low", clip_low, at_least=0, at_most=1)
-    check_number("clip_high", clip_high, at_least=0)
-    check_number("entropy_coef", entropy_coef)
-    check_number("kl_coef", kl_coef)
-    if dual_clip is not None:
-        check_number("dual_clip", dual_clip, above=1)
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy must be given for entropy_coef {entropy_coef!r}, got None")
-    if kl_coef and ref_logprob is None:
-        raise ValueError(f"ref_logprob must be given for kl_coef {kl_coef!r}, got None")
-    count = _denominator(denominator, mask)
+    _check_tokens(
+        "logprob", logprob, mask, old_logprob=old_logprob, advantages=advantages, entropy=entropy, ref_logprob=ref_logprob
+    )
+    _check_policy(
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, entropy=entropy, entropy_coef=entropy_coef,
+        ref_logprob=ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator,
+    )  # fmt: skip
+    _check_denominator(denominator, logprob)
+    if use_triton(logprob, backend) and logprob.dtype != torch.float64:
+        return _fused(
+            logprob=logprob, old_logprob=old_logprob, advantages=advantages, entropy=entropy, ref_logprob=ref_logprob,
+            mask=mask, denominator=denominator, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+            entropy_coef=entropy_coef, kl_coef=kl_coef, kl_estimator=kl_estimator,
+        )  # fmt: skip
 
-    new = _token("logprob", logprob, "logprob", logprob, mask)
-    old = _token("old_logprob", old_logprob, "logprob", logprob, mask).detach()
-    advantage = _token("advantages", advantages, "logprob", logprob, mask).detach()
+    mask, dtype = check_mask(mask, "logprob", logprob), accumulate_dtype(logprob.dtype)
+    count = mask.sum().clamp(min=1) if denominator is None else denominator
+    new = _token(logprob, dtype, mask)
+    old = _token(old_logprob, dtype, mask).detach()
+    advantage = _token(advantages, dtype, mask).detach()
 
     log_ratio = (new - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -126,12 +185,12 @@ def ppo_policy_loss(
     }
     per_token = surrogate
     if entropy is not None:
-        entropy = _token("entropy", entropy, "logprob", logprob, mask)
+        entropy = _token(entropy, dtype, mask)
         metrics["entropy_sum"] = _sum(entropy, mask)
         if entropy_coef:
             per_token = per_token - entropy_coef * entropy
     if ref_logprob is not None:
-        reference = _token("ref_logprob", ref_logprob, "logprob", logprob, mask).detach()
+        reference = _token(ref_logprob, dtype, mask).detach()
         kl = sampled_kl(new, reference, kl_estimator)
         metrics["kl_ref_sum"] = _sum(kl, mask)
         if kl_coef:
@@ -156,6 +215,7 @@ def ppo_value_loss(
     clip: float | None = 0.2,
     huber_delta: float | None = None,
     denominator: float | Tensor | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Value loss with the clip of OpenAI's baselines (ppo2):
 
@@ -169,7 +229,7 @@ def ppo_value_loss(
         mask: as in `ppo_policy_loss`.
         clip: > 0, in units of the value; None: no clip.
         huber_delta: > 0; None: squares.
-        denominator: as in `ppo_policy_loss`.
+        denominator, backend: as in `ppo_policy_loss`.
 
     Returns:
         (loss, metrics): loss 0-d float32 (float64 for float64 inputs). metrics are detached 0-d float64 sums:
@@ -180,22 +240,24 @@ def ppo_value_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    check_float("values", values)
-    mask = check_mask(mask, "values", values)
-    if clip is not None:
-        check_number("clip", clip, above=0)
-    if huber_delta is not None:
-        check_number("huber_delta", huber_delta, above=0)
-    count = _denominator(denominator, mask)
+    _check_tokens("values", values, mask, old_values=old_values, returns=returns)
+    _check_value(old_values, clip, huber_delta)
+    _check_denominator(denominator, values)
+    if use_triton(values, backend) and values.dtype != torch.float64:
+        return _fused(
+            values=values, old_values=old_values, returns=returns, mask=mask, denominator=denominator, value_clip=clip,
+            huber_delta=huber_delta,
+        )  # fmt: skip
 
-    value = _token("values", values, "values", values, mask)
-    target = _token("returns", returns, "values", values, mask).detach()
+    mask, dtype = check_mask(mask, "values", values), accumulate_dtype(values.dtype)
+    count = mask.sum().clamp(min=1) if denominator is None else denominator
+    value = _token(values, dtype, mask)
+    target = _token(returns, dtype, mask).detach()
     per_token = _penalty(value - target, huber_delta)
     was_clipped = torch.zeros_like(mask)
     if clip is not None:
-        if old_values is None:
-            raise ValueError(f"old_values must be given for clip {clip!r}, got None")
-        old = _token("old_values", old_values, "values", values, mask).detach()
+        assert old_values is not None
+        old = _token(old_values, dtype, mask).detach()
         clipped = _penalty(old + (value - old).clamp(-clip, clip) - target, huber_delta)
         was_clipped = clipped > per_token
         per_token = torch.maximum(per_token, clipped)
@@ -210,6 +272,120 @@ def ppo_value_loss(
         "return_square_sum": _sum(target.double().square(), mask),
     }
     return torch.where(mask, per_token, 0.0).sum() / count, metrics
+
+
+def ppo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    *,
+    mask: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    value_coef: float = 1.0,
+    value_clip: float | None = 0.2,
+    huber_delta: float | None = None,
+    denominator: float | Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ppo_policy_loss` + value_coef * `ppo_value_loss` of the same actions: on a GPU in the same launch.
+
+    Args:
+        value_coef: any number. value_clip: `clip` of `ppo_value_loss`. All others: as there; one shape and one mask.
+
+    Returns:
+        (loss, metrics): differentiable in `logprob`, `entropy` and `values`; the metrics of both.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    check_number("value_coef", value_coef)
+    _check_tokens(
+        "logprob", logprob, mask, old_logprob=old_logprob, advantages=advantages, entropy=entropy,
+        ref_logprob=ref_logprob, values=values, old_values=old_values, returns=returns,
+    )  # fmt: skip
+    if not use_triton(logprob, backend) or torch.float64 in (logprob.dtype, values.dtype):
+        policy_loss, policy_metrics = ppo_policy_loss(
+            logprob, old_logprob, advantages, mask=mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+            entropy=entropy, entropy_coef=entropy_coef, ref_logprob=ref_logprob, kl_coef=kl_coef,
+            kl_estimator=kl_estimator, denominator=denominator, backend="torch",
+        )  # fmt: skip
+        value_loss, value_metrics = ppo_value_loss(
+            values, old_values, returns, mask=mask, clip=value_clip, huber_delta=huber_delta, denominator=denominator,
+            backend="torch",
+        )  # fmt: skip
+        return policy_loss + value_coef * value_loss, policy_metrics | value_metrics
+    _check_policy(
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, entropy=entropy, entropy_coef=entropy_coef,
+        ref_logprob=ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator,
+    )  # fmt: skip
+    _check_value(old_values, value_clip, huber_delta)
+    _check_denominator(denominator, logprob)
+    return _fused(
+        logprob=logprob, old_logprob=old_logprob, advantages=advantages, entropy=entropy, ref_logprob=ref_logprob,
+        values=values, old_values=old_values, returns=returns, mask=mask, denominator=denominator, clip_low=clip_low,
+        clip_high=clip_high, dual_clip=dual_clip, entropy_coef=entropy_coef, kl_coef=kl_coef,
+        kl_estimator=kl_estimator, value_coef=value_coef, value_clip=value_clip, huber_delta=huber_delta,
+    )  # fmt: skip
+
+
+def _fused(
+    *,
+    logprob: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    advantages: Tensor | None = None,
+    entropy: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    mask: Tensor | None,
+    denominator: float | Tensor | None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    value_coef: float = 1.0,
+    value_clip: float | None = None,
+    huber_delta: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The Triton form of one or both losses, of checked arguments."""
+    from . import _triton_loss as triton_loss
+
+    constants = (old_logprob, advantages, ref_logprob, old_values, returns)
+    old_logprob, advantages, ref_logprob, old_values, returns = (
+        None if tensor is None else tensor.detach() for tensor in constants
+    )
+    of_tensor = isinstance(denominator, Tensor)
+    loss, sums, *_ = triton_loss.ppo_loss(
+        logprob, old_logprob, advantages, entropy, ref_logprob, values, old_values, returns, mask,
+        denominator if of_tensor else None, 0.0 if of_tensor or denominator is None else float(denominator),
+        float(clip_low), float(clip_high), math.inf if dual_clip is None else float(dual_clip), float(entropy_coef),
+        float(kl_coef), 1 + get_args(KLEstimator).index(kl_estimator), float(value_coef),
+        math.inf if value_clip is None else float(value_clip), math.inf if huber_delta is None else float(huber_delta),
+    )  # fmt: skip
+    columns = sums.detach().unbind()
+    metrics: dict[str, Tensor] = {}
+    if logprob is not None:
+        metrics |= zip(triton_loss.POLICY_METRICS, columns[: triton_loss.VALUE_START], strict=False)
+        if entropy is None:
+            del metrics["entropy_sum"]
+        if ref_logprob is None:
+            del metrics["kl_ref_sum"]
+    if values is not None:
+        metrics |= zip(triton_loss.VALUE_METRICS, columns[triton_loss.VALUE_START :], strict=True)
+    return loss, metrics
 
 
 def reduce_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
+from ._dispatch import Backend, use_triton
 from ._philox import philox_4x32_10
 from ._rows import normalise_, shift_
 
@@ -57,6 +58,7 @@ def sample(
     seed: int,
     sequence_ids_B: Tensor,
     step_B: Tensor,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw a token from softmax(logits / temperature), restricted to top-k and top-p, and give its log-probability.
 
@@ -73,6 +75,9 @@ def sample(
         seed: in [0, 2^64).
         sequence_ids_B: [B] int64 or int32; any number that names the sequence.
         step_B: [B] int64 or int32, the number of the token in its sequence (its low 32 bits count).
+        backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. float64 logits always take
+            the torch form. The Triton form makes the same draws, but for noise, or a share of top-p, that is equal to
+            another to the last digits of float32.
 
     Returns:
         (token_B int64, logprob_B float32 (float64 for float64 logits)). The log-probability is that of the *full*
@@ -96,6 +101,14 @@ def sample(
     check_number("top_p", top_p, above=0, at_most=1)
     check_integer("top_k", top_k, at_least=0)
     check_integer("seed", seed, at_least=0, at_most=2**64 - 1)
+
+    if use_triton(logits_BV, backend) and logits_BV.dtype != torch.float64:
+        from . import _triton_sample
+
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        return _triton_sample.sample(
+            logits_BV.detach(), sequence_ids_B, step_B, float(temperature), top_k, float(top_p), signed
+        )
 
     z_BV = logits_BV.to(accumulate_dtype(logits_BV.dtype), copy=True)
     if temperature == 0:

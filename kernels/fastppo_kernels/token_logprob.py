@@ -15,6 +15,7 @@ from ._checks import (
     check_range,
     check_shape,
 )
+from ._dispatch import Backend, use_triton
 from ._rows import normalise_, shift_, softcap_slope, spread_gradient_
 
 # Rows worked on at a time: bounds the float32 temporaries when the logits are in half precision.
@@ -24,7 +25,7 @@ _CHUNK_ROWS = 1024
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_RV: Tensor, targets_R: Tensor, temperature: float, softcap: float | None
+        ctx: Any, logits_RV: Tensor, targets_R: Tensor, temperature: float, softcap: float | None, inplace: bool
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulate_dtype(logits_RV.dtype)
         rows = len(logits_RV)
@@ -36,14 +37,15 @@ class _TokenLogprob(torch.autograd.Function):
             log_sum_R[chunk], entropy_R[chunk] = normalise_(z_RV)
             logprob_R[chunk] = z_target_R - log_sum_R[chunk]
         ctx.save_for_backward(logits_RV, targets_R, log_sum_R, entropy_R)
-        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.temperature, ctx.softcap, ctx.inplace = temperature, softcap, inplace
         return logprob_R, entropy_R
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob_R: Tensor, grad_entropy_R: Tensor) -> tuple[Tensor | None, ...]:
         logits_RV, targets_R, log_sum_R, entropy_R = ctx.saved_tensors
-        grad_RV = torch.empty(logits_RV.shape, dtype=logits_RV.dtype, device=logits_RV.device)
+        inplace = ctx.inplace and not torch.compiler.is_compiling()
+        grad_RV = logits_RV.detach() if inplace else torch.empty_like(logits_RV, memory_format=torch.contiguous_format)
         for start in range(0, len(logits_RV), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
             chunk_RV = logits_RV[chunk].to(log_sum_R.dtype, copy=True)
@@ -56,11 +58,19 @@ class _TokenLogprob(torch.autograd.Function):
             if slope_RV is not None:
                 dz_RV.mul_(slope_RV)
             grad_RV[chunk] = dz_RV.div_(ctx.temperature)
-        return grad_RV, None, None, None
+        if inplace:
+            torch.autograd.graph.increment_version(logits_RV)  # a second backward raises instead of giving nonsense
+        return grad_RV, None, None, None, None
 
 
 def token_logprob(
-    logits_RV: Tensor, targets_R: Tensor, *, temperature: float = 1.0, softcap: float | None = None
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    inplace: bool = False,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of one token a row, and the entropy of the row, under softmax(cap(logits) / temperature).
 
@@ -71,6 +81,11 @@ def token_logprob(
         targets_R: [...], the leading shape of the logits; int64 or int32, in [0, V) (checked on the CPU only).
         temperature: > 0.
         softcap: > 0, or None.
+        inplace: let backward overwrite the logits with their gradient, for logits that nobody reads afterwards (the output
+            of a linear layer is such). Saves a tensor of their size. Backward can then run once. Under torch.compile it is
+            ignored.
+        backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. float64 logits always take the
+            torch form.
 
     Returns:
         (logprob, entropy), both [...] float32 (float64 for float64 logits), in nats, both differentiable in the logits.
@@ -93,7 +108,14 @@ def token_logprob(
     check_number("temperature", temperature, above=0)
     if softcap is not None:
         check_number("softcap", softcap, above=0)
-    logprob_R, entropy_R = _TokenLogprob.apply(
-        logits_RV.reshape(-1, vocab), targets_R.reshape(-1).long(), float(temperature), softcap
-    )
+    flat_RV, flat_targets_R = logits_RV.reshape(-1, vocab), targets_R.reshape(-1).long()
+    if use_triton(logits_RV, backend) and logits_RV.dtype != torch.float64:
+        from . import _head_ops
+
+        if flat_RV.stride(1) != 1:
+            flat_RV = flat_RV.contiguous()
+        how = float(temperature), None if softcap is None else float(softcap), inplace
+        logprob_R, entropy_R = _head_ops.token_logprob(flat_RV, flat_targets_R.contiguous(), *how)[:2]
+    else:
+        logprob_R, entropy_R = _TokenLogprob.apply(flat_RV, flat_targets_R, float(temperature), softcap, inplace)
     return logprob_R.view(shape), entropy_R.view(shape)

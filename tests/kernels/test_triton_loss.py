@@ -1,0 +1,261 @@
+"""The Triton PPO losses against their torch twins and float64, in the interpreter where there is no GPU."""
+
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastppo_kernels import ppo_loss, ppo_policy_loss, ppo_value_loss, reduce_metrics
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ESTIMATORS = ["k1", "clamped_k1", "k2", "k3", "jensen_shannon"]
+# numpy warns of the NaN and infinities that these tests are about.
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="there is no triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN, so that a place that no kernel writes is seen."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def batch(shape: tuple[int, ...] | int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    names = ("logprob", "old_logprob", "advantages", "values", "old_values", "returns", "entropy", "ref_logprob")
+    scales = (0.3, 0.3, 1, 1, 1, 1, 1, 0.3)
+    shape = (shape,) if isinstance(shape, int) else shape
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
+        for name, scale in zip(names, scales, strict=True)
+    }
+
+
+def outcome(inputs: dict[str, Tensor], backend: str, dtype: torch.dtype | None = None, **how) -> dict[str, Tensor]:
+    """Loss, gradients and metrics by name."""
+    inputs = {name: x.detach().to(dtype or x.dtype).clone() for name, x in inputs.items()}
+    leaves = {name: inputs[name].requires_grad_() for name in ("logprob", "entropy", "values") if name in inputs}
+    if "values" not in inputs:
+        loss, metrics = ppo_policy_loss(**inputs, **how, backend=backend)
+    elif "logprob" not in inputs:
+        loss, metrics = ppo_value_loss(**inputs, **how, backend=backend)
+    else:
+        loss, metrics = ppo_loss(**inputs, **how, backend=backend)
+    (loss * 1.5).backward()
+    assert not any(value.requires_grad for value in metrics.values())
+    gradients = {f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"loss": loss.detach()} | gradients | metrics
+
+
+def assert_as_good(inputs: dict[str, Tensor], **how) -> dict[str, Tensor]:
+    """Every number and gradient: error at most 1.2 times the torch path's, and a little, in units of the largest entry."""
+    exact, twins = outcome(inputs, "torch", torch.float64, **how), outcome(inputs, "torch", **how)
+    ours = outcome(inputs, "triton", **how)
+    assert list(ours) == list(twins) == list(exact)
+    for name, truth in exact.items():
+        assert ours[name].dtype == twins[name].dtype and ours[name].shape == twins[name].shape
+        # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds: up to a whole last place.
+        tiny = {torch.float64: 3e-7, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[ours[name].dtype]
+        scale = truth.abs().max().clamp(min=1).item() if truth.numel() else 1.0
+        error, allowed = ((x.double() - truth).abs().max().item() if truth.numel() else 0.0 for x in (ours[name], twins[name]))
+        assert error <= 1.2 * allowed + tiny * scale, (name, error, allowed)
+    return ours
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_terms_at_once(estimator, dtype):
+    inputs = batch(2500, dtype=dtype)
+    mask = torch.rand(2500, device=DEVICE) < 0.7
+    for x in inputs.values():
+        x[~mask] = torch.nan
+    ours = assert_as_good(
+        inputs, mask=mask, entropy_coef=0.1, kl_coef=0.3, kl_estimator=estimator, dual_clip=1.3, value_coef=0.5, huber_delta=1.0
+    )
+    assert all((ours[f"d {name}"][~mask] == 0).all() for name in ("logprob", "values", "entropy"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from([0, 1, 3, 1023, 1024, 1025, (3, 0), (2, 3, 5)]),
+    kind=st.sampled_from(["policy", "value", "both"]),
+    options=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    clip=st.sampled_from([None, 0.2]),
+    keep=st.sampled_from([None, 0.0, 0.5]),
+    denominator=st.sampled_from([None, 7, 2.5, "tensor"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_options(shape, kind, options, clip, keep, denominator, seed):
+    with_entropy, with_reference, dual, huber, int_mask = options
+    inputs = batch(shape, seed)
+    how: dict = {"denominator": torch.tensor(9, device=DEVICE) if denominator == "tensor" else denominator}
+    if keep is not None:
+        mask = torch.rand(inputs["logprob"].shape, generator=torch.Generator().manual_seed(seed)) < keep
+        how["mask"] = (mask.long() * 3 if int_mask else mask).to(DEVICE)
+    if kind == "value":
+        inputs = {name: inputs[name] for name in ("values", "old_values", "returns")}
+        how |= {"clip": clip, "huber_delta": 0.5 if huber else None}
+    else:
+        if not with_entropy:
+            del inputs["entropy"]
+        if not with_reference:
+            del inputs["ref_logprob"]
+        how |= {"entropy_coef": 0.2 * with_entropy, "kl_coef": 0.2 * with_reference, "dual_clip": 1.1 if dual else None}
+        if kind == "both":
+            how |= {"value_clip": clip, "huber_delta": 0.5 if huber else None, "value_coef": 0.3}
+        else:
+            inputs = {name: x for name, x in inputs.items() if name not in ("values", "old_values", "returns")}
+    assert_as_good(inputs, **how)
+
+
+def test_the_same_choices_where_the_two_terms_of_a_maximum_are_equal():
+    """Ratios on the edge, equal errors on both sides of the return, no difference to the reference: as torch.maximum."""
+    inputs = {
+        "logprob": [0.0, 0.0, 1.0], "old_logprob": [0.0] * 3, "advantages": [0.0, 1.0, -1.0], "values": [3.0, 1.0, 2.0],
+        "old_values": [1.0, 1.0, 2.0], "returns": [2.25, 1.0, 2.0], "entropy": [1.0] * 3, "ref_logprob": [0.0, 0.0, 1.0],
+    }  # fmt: skip
+    tensors = {name: torch.tensor(x, device=DEVICE) for name, x in inputs.items()}
+    for estimator, value_clip in itertools.product(ESTIMATORS, (0.5, None)):
+        how = {"kl_coef": 1.0, "kl_estimator": estimator, "value_clip": value_clip, "clip_low": 0.0, "clip_high": 0.0}
+        twin, ours = (outcome(tensors, backend, **how) for backend in ("torch", "triton"))
+        torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("difference", [90.0, 1e4, math.inf, -90.0, -math.inf])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("estimator", ["k3", "jensen_shannon"])
+def test_ratio_overflow_is_finite(difference, advantage, estimator):
+    inputs = {
+        "logprob": [difference, -1.0], "old_logprob": [0.0, -1.0], "advantages": [advantage, 1.0],
+        "ref_logprob": [-difference if math.isfinite(difference) else 0.0, -1.0],
+    }  # fmt: skip
+    tensors = {name: torch.tensor(x, device=DEVICE) for name, x in inputs.items()}
+    how = {"kl_coef": 0.1, "kl_estimator": estimator}
+    twin, ours = (outcome(tensors, backend, **how) for backend in ("torch", "triton"))
+    assert ours["loss"].isfinite() or not twin["loss"].isfinite()
+    assert ours["d logprob"].isfinite().all()
+    if twin["loss"].isfinite():  # the twin's Jensen-Shannon estimate of infinite log-probabilities is NaN
+        torch.testing.assert_close(ours["d logprob"], twin["d logprob"])
+        torch.testing.assert_close(ours["loss"], twin["loss"], rtol=1e-5, atol=0)
+
+
+def test_nan_is_not_hidden():
+    inputs = batch(5)
+    inputs["logprob"][2] = inputs["values"][3] = torch.nan
+    ours = outcome(inputs, "triton")
+    assert all(ours[name].isnan() for name in ("loss", "ratio_sum", "ratio_max", "approx_kl_sum", "value_loss_sum"))
+
+
+def test_at_the_start_ratio_is_one_and_kl_zero_exactly():
+    inputs = batch(50)
+    inputs["old_logprob"] = inputs["ref_logprob"] = inputs["logprob"].clone()
+    for estimator in ESTIMATORS:
+        ours = outcome(inputs, "triton", kl_coef=0.1, kl_estimator=estimator)
+        means = reduce_metrics([{name: x for name, x in ours.items() if name.endswith(("_sum", "_max", "count"))}])
+        assert means["ratio"].item() == 1.0 and means["ratio_max"].item() == 1.0
+        assert means["approx_kl"].item() == 0.0 and means["kl_ref"].item() == 0.0 and means["clip_fraction"].item() == 0.0
+
+
+def test_small_log_ratios_keep_their_digits():
+    """exp(x) - 1 - x of 1e-4 is 5e-9: the plain difference is all rounding."""
+    logprob = torch.full((8,), 1e-4, device=DEVICE)
+    zeros, ones = torch.zeros_like(logprob), torch.ones_like(logprob)
+    _, metrics = ppo_policy_loss(logprob, zeros, ones, ref_logprob=zeros, backend="triton")
+    assert metrics["approx_kl_sum"].item() == pytest.approx(8 * (math.expm1(1e-4) - 1e-4), rel=1e-5)
+    assert metrics["kl_ref_sum"].item() == pytest.approx(8 * (math.expm1(-1e-4) + 1e-4), rel=1e-5)
+
+
+def test_explained_variance_of_large_returns():
+    torch.manual_seed(0)
+    returns = (torch.randn(3000) + 1000).to(DEVICE)
+    values = returns + 0.3 * torch.randn(3000, device=DEVICE)
+    metrics = reduce_metrics([ppo_value_loss(values, None, returns, clip=None, backend="triton")[1]])
+    expected = 1 - (returns.double() - values.double()).var() / returns.double().var()
+    assert metrics["explained_variance"].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_layout_does_not_matter_and_mixed_dtypes_are_allowed():
+    inputs = batch((6, 4))
+    strided = {name: x.repeat_interleave(2, 1).t().contiguous().t()[:, ::2] for name, x in inputs.items()}
+    assert not strided["logprob"].is_contiguous()
+    mask = torch.rand(4, 6, device=DEVICE).t() < 0.6
+    ours, plain = (outcome(x, "triton", mask=m) for x, m in ((strided, mask), (inputs, mask.contiguous())))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+    mixed = inputs | {"advantages": inputs["advantages"].half(), "old_logprob": inputs["old_logprob"].double()}
+    assert_as_good(mixed, mask=mask)
+
+
+def test_the_same_bits_twice_and_more_blocks_than_one_tile_of_sums():
+    inputs = batch(80_000)
+    first, again = (outcome(inputs, "triton", entropy_coef=0.1, kl_coef=0.1) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_as_good(inputs, entropy_coef=0.1, kl_coef=0.1)
+
+
+def test_differentiable_once_and_only_where_it_says():
+    inputs = {name: x.requires_grad_() for name, x in batch(6).items()}
+    loss, _ = ppo_loss(**inputs, entropy_coef=0.1, kl_coef=0.1, backend="triton")
+    grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, create_graph=True)
+    there = [name for name, grad in zip(inputs, grads, strict=True) if grad is not None]
+    assert there == ["logprob", "values", "entropy"]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(grads[0].sum(), inputs["logprob"])
+    with torch.no_grad():
+        assert not ppo_loss(**inputs, backend="triton")[0].requires_grad
+
+
+def test_float64_takes_the_torch_form():
+    loss, _ = ppo_policy_loss(*(torch.zeros(3, dtype=torch.float64, device=DEVICE) for _ in range(3)), backend="triton")
+    assert loss.dtype == torch.float64
+
+
+def test_compiles_without_a_break_and_once_for_all_lengths():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def both(inputs: dict[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        loss, metrics = ppo_loss(**inputs, mask=mask, entropy_coef=0.1, kl_coef=0.1, backend="triton")
+        return loss * 2, metrics["ratio_sum"]
+
+    compiled = torch.compile(both, backend=counter, fullgraph=True, dynamic=True)
+    compilations = []
+    for size in (5, 40, 41):
+        inputs = {name: x.requires_grad_() for name, x in batch(size).items()}
+        mask = torch.arange(size, device=DEVICE) % 3 > 0
+        plain, traced = both(inputs, mask), compiled(inputs, mask)
+        assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
+        names = ("logprob", "values", "entropy")
+        for a, b in zip(*(torch.autograd.grad(x[0], [inputs[n] for n in names]) for x in (plain, traced)), strict=True):
+            assert torch.equal(a, b)
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.zeros(2, device=DEVICE)}, r"values must have shape \[3\] \(that of logprob\), got \[2\]"),
+        ({"returns": torch.zeros(3, device="meta")}, "returns must be on the device of logprob"),
+        ({"old_values": None}, "old_values must be given for clip 0.2, got None"),
+        ({"value_coef": math.nan}, "value_coef must be a finite number"),
+        ({"mask": torch.ones(3, device=DEVICE)}, "mask must be a bool or integer tensor"),
+        ({"kl_coef": 0.1}, "ref_logprob must be given for kl_coef 0.1, got None"),
+        ({"denominator": torch.ones(1, device=DEVICE)}, r"denominator must have shape \[\]"),
+        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    inputs = {name: x for name, x in batch(3).items() if name not in ("entropy", "ref_logprob")}
+    for backend in ("torch", "triton"):
+        with pytest.raises(ValueError, match=message):
+            ppo_loss(**inputs | {"backend": backend} | change)
