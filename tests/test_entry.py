@@ -14,7 +14,13 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_spinning_of_openmp_is_bounded_unless_the_user_says_otherwise():
-    code = "import os, sys; from fastppo.__main__ import main; sys.argv[1:] = ['--version']; main(); print(os.environ['GOMP_SPINCOUNT'])"
+    code = (
+        "import os, sys\n"
+        "from fastppo.__main__ import main\n"
+        "sys.argv[1:] = ['--version']\n"
+        "main()\n"
+        "print(os.environ['GOMP_SPINCOUNT'])\n"
+    )
     assert python(code).stdout.split()[-1] == "5000"
     assert python(code, GOMP_SPINCOUNT="7").stdout.split()[-1] == "7"
 
