@@ -1,6 +1,7 @@
 """The command line: `fastppo train | eval | export`. Nothing heavy is imported before a command runs."""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import signal
@@ -103,12 +104,16 @@ def _train(args: argparse.Namespace) -> None:
     given = {key: value for key, value in vars(args).items() if key in config.SETTINGS}
     overrides = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given.items()}
     if args.resume:
+        overrides |= {key: _whole_path(overrides[key]) for key in ("model", "data") if key in overrides}
         for flag, wrong in (("--config", args.config), ("--out", overrides.get("out"))):
             if wrong:
                 raise UserError(f"{flag}: {wrong} is not allowed with --resume; the run folder holds its settings")
         run = _existing(args.resume)
     else:
-        settings = config.load_config(overrides, args.config)
+        settings = _anchored(config.load_config(overrides, args.config))
+        from fastppo.tasks import get_task
+
+        get_task(settings.task)  # a wrong name is known before seconds of imports
         run = _new_run(settings)
     console = _console()
     console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
@@ -127,6 +132,16 @@ def _train(args: argparse.Namespace) -> None:
 
 def _resume(run: Path) -> str:
     return f"fastppo train --resume {shlex.quote(str(run))}"
+
+
+def _anchored(settings: config.Config) -> config.Config:
+    """Model and data that are on this disk by their whole path, so that the run can be used from any folder."""
+    return dataclasses.replace(settings, model=_whole_path(settings.model), data=_whole_path(settings.data))
+
+
+def _whole_path(value: str | None) -> str | None:
+    path = os.path.expanduser(value) if value is not None else ""
+    return os.path.abspath(path) if path and os.path.exists(path) else value
 
 
 def _new_run(settings: config.Config) -> Path:

@@ -93,7 +93,10 @@ class SftConfig:
 
     examples: int = _setting(400, "labelled examples used (0 skips the stage)", low=0)
     epochs: int = _setting(4, "passes over them", low=1)
-    lr: float = _setting(1e-3, "learning rate of AdamW", LORA_LR, above=0)
+    lr: float = _setting(
+        1e-3, "learning rate of AdamW; 0.0002 where --model is given", f"{OURS}: tuned on the built-in model; {LORA_LR}",
+        above=0, high=1,
+    )  # fmt: skip
     batch_size: int = _setting(32, "examples per optimizer step", low=1)
     warmup: float = _setting(0.1, "fraction of the steps that warm the learning rate up", low=0, high=1)
 
@@ -107,7 +110,10 @@ class PpoConfig:
     samples: int = _setting(4, "samples per prompt", f"{NPLUS}: 512 samples per update", low=1)
     epochs: int = _setting(2, "passes over each iteration's samples", f"{NPLUS}: few epochs on a large batch", low=1)
     minibatches: int = _setting(2, "optimizer steps per pass", f"{PPO}, algorithm 1", low=1)
-    lr: float = _setting(1e-3, "learning rate of AdamW", LORA_LR, above=0)
+    lr: float = _setting(
+        1e-3, "learning rate of AdamW; 0.00003 where --model is given", f"{OURS}: tuned on the built-in model; {LORA_LR}",
+        above=0, high=1,
+    )  # fmt: skip
     schedule: str = _setting(
         "linear",
         "learning rate after warm-up: falls to zero or stays",
@@ -134,8 +140,8 @@ class PpoConfig:
     target_kl: float | None = _setting(
         None, "end an iteration's epochs once the policy moved this far, in nats", "OpenAI Spinning Up, PPO", above=0
     )
-    max_grad_norm: float = _setting(1.0, "clip the gradient to this norm", f"{NPLUS}; TRL", above=0)
-    adam_eps: float = _setting(1e-5, "epsilon of Adam", f"{NPLUS}, section on Adam", above=0, below=1)
+    max_grad_norm: float = _setting(1.0, "clip the gradient to this norm (SFT too)", f"{NPLUS}; TRL", above=0)
+    adam_eps: float = _setting(1e-5, "epsilon of Adam (SFT too)", f"{NPLUS}, section on Adam", above=0, below=1)
     reference: str = _setting(
         "start",
         "policy that the KL is taken to: the one PPO starts from (after SFT), or the bare base",
@@ -200,7 +206,7 @@ class Config:
     train_examples: int | None = _setting(None, "use only the first N of the shuffled train set", low=1)
     valid_examples: int = _setting(400, "held out of train to pick the best checkpoint, at most a tenth", low=0)
     eval_every: int = _setting(10, "PPO iterations between validations", low=1)
-    checkpoint_every: int = _setting(10, "PPO iterations between checkpoints", low=1)
+    checkpoint_every: int = _setting(10, "steps between checkpoints (SFT steps, PPO iterations)", low=1)
     micro_batch_tokens: int = _setting(8192, "tokens of the tree per forward and backward (memory)", low=1)
     max_prompt_tokens: int = _setting(1024, "longest allowed prompt, in tokens", low=1)
     trust_remote_code: bool = _setting(False, "run Python code that comes with the model")
@@ -283,6 +289,9 @@ def _leaves(cls: type, section: str) -> Iterator[Setting]:
 
 
 SETTINGS: dict[str, Setting] = {setting.key: setting for setting in _leaves(Config, "")}
+# A model of a hundred million parameters and more wants smaller steps than the tiny built-in one. Ten times N+'s rate for full
+# fine-tuning (3e-6) for PPO; the usual LoRA rate for SFT (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, table 9).
+REAL_MODEL_DEFAULTS = {"sft.lr": 2e-4, "ppo.lr": 3e-5}
 SECTIONS: dict[str, type] = {
     f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(Config) if "rule" not in f.metadata
 }
@@ -443,6 +452,9 @@ def from_values(values: Mapping[str, tuple[object, str]]) -> Config:
             parts[setting.section][setting.name] = _convert(setting, value)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
+    if parts[""].get("model") is not None:
+        for key, default in REAL_MODEL_DEFAULTS.items():
+            parts[SETTINGS[key].section].setdefault(SETTINGS[key].name, default)
     sections = {section: cls(**parts[section]) for section, cls in SECTIONS.items()}
     config = Config(**parts[""], **sections)
     check(config, lambda key: values[key][1] if key in values else key)

@@ -114,12 +114,14 @@ def load_adapter(model: ActorCritic, adapter: Path) -> None:
         parameter.data.copy_(tensors[name])
 
 
-def open_run(run: Path) -> tuple[Config, Path]:
-    """Settings and adapter folder of a run that has one."""
+def open_run(run: Path, console: rich.console.Console) -> tuple[Config, Path]:
+    """Settings and adapter folder of a run that has one; says so if the run is not finished."""
     config = config_module.load_config({}, run / "config.yaml")
     adapter = run / "adapter"
     if not adapter.is_dir():
         raise UserError(f"run folder {run}: has no adapter yet; finish it with: fastppo train --resume {run}")
+    if not (run / "summary.json").is_file():
+        console.print(Text(f"run {run} is not finished: this is the best adapter so far"), soft_wrap=True)
     return config, adapter
 
 
@@ -127,7 +129,7 @@ def evaluate_run(
     run: Path, data: str | None, split: str, limit: int | None, console: rich.console.Console
 ) -> dict[str, Any]:
     """``fastppo eval``: the run's adapter on its own data or another set; prints one line and returns the scores."""
-    config, adapter = open_run(run)
+    config, adapter = open_run(run, console)
     task = get_task(config.task)
     dataset = load_data(task, data if data is not None else config.data, config.seed)
     examples = (dataset.dev if split == "dev" else dataset.train)[:limit]
@@ -136,7 +138,7 @@ def evaluate_run(
     encoded = encode(model, task, examples)
     row = with_interval(task, encoded, evaluate(model, task, encoded), config.seed)
     line = (
-        f"{dataset.name} {split}: MCC {row['mcc']:.3f} [{row['mcc_low']:.3f}, {row['mcc_high']:.3f}]  "
+        f"{dataset.name} {split}: MCC {row['mcc']:z.3f} [{row['mcc_low']:z.3f}, {row['mcc_high']:z.3f}]  "
         f"accuracy {row['accuracy']:.1%}  malformed {row['malformed']:.1%}  n {row['n']}"
     )
     console.print(Text(line), soft_wrap=True)

@@ -23,7 +23,7 @@ def export_run(run: Path, to: Path, merged: bool, console: rich.console.Console)
     Raises:
         UserError: the run has no adapter yet, or it is damaged, or the base model cannot be loaded.
     """
-    config, adapter = open_run(run)
+    config, adapter = open_run(run, console)
     read_adapter(adapter)
     base = load_base(config)
     try:
@@ -39,5 +39,7 @@ def export_run(run: Path, to: Path, merged: bool, console: rich.console.Console)
             for path in sorted(adapter.iterdir()):
                 shutil.copyfile(path, fresh / path.name)
         base.tokenizer.save_pretrained(str(fresh))
-    how = "AutoModelForCausalLM.from_pretrained" if merged else "peft.AutoPeftModelForCausalLM.from_pretrained"
-    console.print(Text(f"wrote {to}; load it with {how}({str(to)!r})"), soft_wrap=True)
+    how = "transformers.AutoModelForCausalLM" if merged else "peft.AutoPeftModelForCausalLM"
+    # Without the type, transformers loads the base in the type of its file, which need not be the one it was trained in.
+    call = f"{how}.from_pretrained({str(to)!r}, dtype={base.model.dtype})"
+    console.print(Text(f"wrote {to}; load it with {call}"), soft_wrap=True)

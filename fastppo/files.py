@@ -30,7 +30,7 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full, read-only or forbidden disk into a UserError of one line that names `path` and says how to go on.
+    """Turns a full, read-only, forbidden or missing disk into a UserError of one line that names `path` and says how to go on.
 
     Covers safetensors, whose errors carry the system's number as text. `torch.save` to a file hides it: save to memory
     and give the bytes to `write_bytes`.
@@ -41,11 +41,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else _os_error_in_text(str(error))
-        if code not in _ADVICE:
+        if code is None or isinstance(error, (BlockingIOError, BrokenPipeError)):
             raise
         raise UserError(
             f"cannot write {path}: {os.strerror(code)}; everything saved before is intact; "
-            f"{_ADVICE[code]}, then run again (a run that had begun: fastppo train --resume RUN)"
+            f"{_ADVICE.get(code, 'choose another folder')}, then run again (a run that had begun: fastppo train --resume RUN)"
         ) from error
 
 
@@ -123,6 +123,8 @@ def write_folder(path: Path) -> Iterator[Path]:
             yield fresh
             for folder, _, names in os.walk(fresh, topdown=False):
                 for name in names:
+                    # safetensors makes files that only their owner may read, whatever the umask says.
+                    os.chmod(Path(folder, name), fresh.stat().st_mode & 0o666)
                     _sync(Path(folder, name))
                 _sync(Path(folder))
             if path.exists():
@@ -183,7 +185,7 @@ def is_unused(run: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        raise UserError(f"run folder {run}: cannot be used: {error.strerror}") from None
+        raise UserError(f"folder {run}: cannot be used: {error.strerror}") from None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

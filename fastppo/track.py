@@ -21,7 +21,7 @@ SHOWN = {  # the metrics on the progress line, in this order; metrics.jsonl has 
     "reward": "reward {:+.3f}",
     "kl": "KL {:.4f}",
     "accuracy": "accuracy {:.3f}",
-    "mcc": "MCC {:.3f}",
+    "valid_mcc": "held-out MCC {:.3f}",
     "samples_per_s": "{:.0f} samples/s",
 }
 STAGES = {"zero_shot": "zero-shot", "sft": "after SFT", "ppo": "after PPO"}
@@ -47,7 +47,7 @@ class Tracker:
         self._console = console
         self._metrics = JsonLines(run / "metrics.jsonl")
         self._samples = JsonLines(run / "samples.jsonl")
-        self._live = console.is_terminal and not console.is_dumb_terminal
+        self._live = console.is_terminal and not console.is_dumb_terminal and console.width >= 70  # the line needs room
         self._progress: Progress | None = None
         self._stage, self._total, self._start = "", 0, 0
         self._began = self._shown_at = 0.0
@@ -142,7 +142,7 @@ class Tracker:
         for name, title in STAGES.items():
             if name in summary["stages"]:
                 row = summary["stages"][name]
-                mcc = f"{row['mcc']:.3f} [{row['mcc_low']:.3f}, {row['mcc_high']:.3f}]"
+                mcc = f"{row['mcc']:z.3f} [{row['mcc_low']:z.3f}, {row['mcc_high']:z.3f}]"
                 cells = (title, mcc, f"{row['accuracy']:.1%}", f"{row['malformed']:.1%}", f"{row['labels']:,}")
                 table.add_row(*map(Text, cells))
         self._console.print(table)

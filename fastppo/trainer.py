@@ -37,6 +37,8 @@ from fastppo.track import Tracker
 # Streams of randomness, each drawn from (seed, stream, step): no generator state to save, nothing to drift on resuming.
 SPLIT, SFT_ORDER, PPO_ORDER, PPO_UPDATE = range(4)
 
+PPO_PHASES = ("sample", "score", "estimate", "update")  # of ``seconds``: what samples_per_s counts
+
 REAL_MODEL_HINT = (
     "using the built-in {what}; for a real one: "
     "fastppo train --task {task} --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:cola"
@@ -56,6 +58,8 @@ class State:
     tokens_tree: int = 0
     tokens_padded: int = 0
     sampler_gap_max: float = 0.0
+    first_kl: float | None = None
+    first_log_ratio: float | None = None
     best_step: int = 0
     best_reward: float | None = None
     checkpoints: int = 0
@@ -127,6 +131,8 @@ class Trainer:
         self.tracker = tracker
         if self.state.stage == "done" and (self.run / "summary.json").is_file():
             self.tracker.note(f"run {self.run}: is finished already, nothing to do")
+            if not (self.run / "adapter").is_dir():
+                self._save_adapter()
             summary = self.summary()
             self.tracker.table(summary)
             return summary
@@ -177,8 +183,10 @@ class Trainer:
         if config.iterations == 0:
             return
         if state.step == 0:
-            model.freeze_reference()
+            if ppo.needs_reference(self.config) and config.reference == "start":
+                model.freeze_reference()
             self._validate()
+        labels = data.labels
         self.tracker.stage("PPO", config.iterations, state.step)
         while state.step < config.iterations:
             step, critic_only = state.step, state.step < self.config.value.warmup
@@ -188,9 +196,10 @@ class Trainer:
                     model, [data.prompts[i] for i in chosen], config.samples, Sampling.of(self.config),
                     seed=self.config.seed, first_id=step * config.prompts * config.samples,
                 )  # fmt: skip
-            predicted = [self.task.parse(s.text) for s in rollout.samples]
-            gold = [data.labels[chosen[s.prompt]] for s in rollout.samples]
-            rewards = [answer_reward(g, p, self.config.reward) for g, p in zip(gold, predicted, strict=True)]
+            with self._timed("score"):
+                predicted = [self.task.parse(s.text) for s in rollout.samples]
+                gold = [labels[chosen[s.prompt]] for s in rollout.samples]
+                rewards = [answer_reward(g, p, self.config.reward) for g, p in zip(gold, predicted, strict=True)]
             with self._timed("estimate"):
                 minibatches = pack_rollout(
                     rollout, minibatches=config.minibatches, budget=self.config.micro_batch_tokens,
@@ -211,13 +220,18 @@ class Trainer:
                 "accuracy": float(np.mean([p == g for p, g in zip(predicted, gold, strict=True)])),
                 "malformed": float(np.mean([p is None for p in predicted])),
                 "length": float(np.mean([len(s.tokens) for s in rollout.samples])),
-                "kl": estimates.kl, "kl_coef": state.kl_coef, "sampler_gap": estimates.sampler_gap,
+                "sampler_gap": estimates.sampler_gap,
                 "tokens_tree": sum(p.tree.n_tokens for m in minibatches for p in m.parts),
                 "tokens_padded": sum(p.tree.padded_tokens for m in minibatches for p in m.parts),
             }  # fmt: skip
-            state.kl_coef = ppo.adapt_kl_coef(state.kl_coef, estimates.kl, len(rewards), self.config)
+            if estimates.kl is not None:
+                metrics |= {"kl": estimates.kl, "kl_coef": state.kl_coef}
+                if not critic_only:  # the policy stands still while the critic warms up
+                    state.kl_coef = ppo.adapt_kl_coef(state.kl_coef, estimates.kl, len(rewards), self.config)
+            if step == 0:
+                state.first_kl, state.first_log_ratio = estimates.kl, metrics.get("first_log_ratio")
             state.samples += len(rewards)
-            metrics["samples_per_s"] = state.samples / sum(state.seconds[k] for k in ("sample", "estimate", "update"))
+            metrics["samples_per_s"] = state.samples / sum(state.seconds[k] for k in PPO_PHASES)
             self._record_samples(rollout, rewards, chosen)
             self._end_step(metrics, last=step + 1 == config.iterations)
 
@@ -225,6 +239,11 @@ class Trainer:
 
     def _end_step(self, metrics: dict[str, float], *, last: bool) -> None:
         state, ppo_stage = self.state, self.state.stage == "ppo"
+        if not torch.stack([p.isfinite().all() for p in self.model.trainable()]).all():
+            raise UserError(
+                "the adapter is no longer finite: training has diverged; what was saved is intact; begin anew with a lower "
+                + ("--ppo-lr" if ppo_stage else "--sft-lr")
+            )
         state.step += 1
         if ppo_stage:
             state.tokens_tree += int(metrics["tokens_tree"])
@@ -243,17 +262,26 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Score the policy on the examples held out of train; keep it if its mean reward is the best so far."""
         if not len(self.valid):  # nothing to choose by: the newest is kept
-            self.best, self.state.best_step = self.model.state(), self.state.step
+            self._keep_best()
             return {}
         with self._timed("evaluate"):
             result = evaluate(self.model, self.task, self.valid)
         if self.state.best_reward is None or result.reward > self.state.best_reward:
-            self.best, self.state.best_step, self.state.best_reward = self.model.state(), self.state.step, result.reward
+            self.state.best_reward = result.reward
+            self._keep_best()
         return {
             "valid_reward": result.reward,
             "valid_mcc": result.scores["mcc"],
             "valid_accuracy": result.scores["accuracy"],
         }
+
+    def _keep_best(self) -> None:
+        self.best, self.state.best_step = self.model.state(), self.state.step
+        self._save_adapter()
+
+    def _save_adapter(self) -> None:
+        adapter = {n: p.detach().cpu().contiguous() for n, p in self.model.adapter_tensors(POLICY).items()}
+        checkpoint.save_adapter(self.run, adapter, self.model.peft_config)
 
     def _finish_stage(self, name: str, following: str, labels: int, *, skipped: bool = False) -> None:
         """Evaluate on dev, write the adapter, go on to the following stage. A stage without steps gets no row."""
@@ -265,12 +293,11 @@ class Trainer:
                 row = with_interval(self.task, self.dev, result, self.config.seed)
             self.state.stages[name] = {**row, "labels": labels}
             self.tracker.note(
-                f"{name}: MCC {row['mcc']:.3f} [{row['mcc_low']:.3f}, {row['mcc_high']:.3f}]  "
+                f"{name}: MCC {row['mcc']:z.3f} [{row['mcc_low']:z.3f}, {row['mcc_high']:z.3f}]  "
                 f"accuracy {row['accuracy']:.1%}  malformed {row['malformed']:.1%}"
             )
         if name == "sft" or following == "done":
-            adapter = {n: p.detach().cpu().contiguous() for n, p in self.model.adapter_tensors(POLICY).items()}
-            checkpoint.save_adapter(self.run, adapter, self.model.peft_config)
+            self._save_adapter()
         self.state.stage, self.state.step = following, 0
         self._new_optimizer()
         self._save()
@@ -285,11 +312,12 @@ class Trainer:
     def restore(self, saved: checkpoint.Checkpoint, tracker: Tracker) -> None:
         """Stand where a checkpoint stood."""
         fingerprint = self.state.fingerprint
-        self.state = State(**saved.state)
-        if self.state.fingerprint != fingerprint:
+        if saved.state.get("fingerprint") != fingerprint:
             raise UserError(
-                f"run folder {self.run}: settings, data or base model changed since the run began; it cannot go on"
+                f"run folder {self.run}: settings, data, base model, device or the versions of fastppo, torch, transformers "
+                "or peft changed since the run began; it cannot go on to the same result"
             )
+        self.state = State(**saved.state)
         tracker.restore(self.state.records)
         self.model.load_state(saved.model)
         self.best = saved.best
@@ -348,15 +376,16 @@ class Trainer:
         start = time.perf_counter()
         yield
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.model.device)
         self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def _fingerprint(self) -> str:
-        """Of the settings, prompts, labels and base weights that this run computes with."""
+        """Of everything that decides this run's numbers: settings, versions, device, prompts, labels, base weights."""
         settings = config_module.to_dict(self.config) | {"out": None}
-        digest = hashlib.sha256(repr(settings).encode())
+        digest = hashlib.sha256(repr((settings, _versions(), str(self.model.device), self.model.base.eos_ids)).encode())
         for part in (self.train, self.valid, self.dev):
             digest.update(repr((part.prompts, part.labels)).encode())
+        digest.update(repr(self._answers(self.warm)).encode())
         for name, parameter in self.model.base.model.named_parameters():
             if "lora_" not in name:
                 digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -378,12 +407,12 @@ class Trainer:
             note(self.dataset.note)
         if not self.model.backbone.packed:
             kind = type(self.model.base.model).__name__
-            note(f"{kind}: transformers' attention interface does not reach it; running padded, with the same results")
+            note(f"{kind}: {self.model.backbone.padded_because}; running padded, with the same results")
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds."""
         state, seconds = self.state, self.state.seconds
-        ppo_seconds = sum(seconds.get(k, 0.0) for k in ("sample", "estimate", "update"))
+        ppo_seconds = sum(seconds.get(k, 0.0) for k in PPO_PHASES)
         return {
             "task": self.config.task,
             "model": self.config.model or "built-in",
@@ -398,14 +427,12 @@ class Trainer:
             "tokens_padded": state.tokens_padded,
             "tokens_ratio": state.tokens_tree / state.tokens_padded if state.tokens_padded else None,
             "sampler_gap_max": state.sampler_gap_max,
+            "first_kl": state.first_kl,
+            "first_log_ratio": state.first_log_ratio,
             "packed": self.model.backbone.packed,
             "device": str(self.model.device),
             "dtype": str(self.model.backbone.head.weight.dtype).removeprefix("torch."),
-            "versions": {
-                "fastppo": __version__,
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "numpy")},
-            },
+            "versions": {"python": platform.python_version(), **_versions()},
         }
 
     def _show(self, summary: Mapping[str, Any]) -> None:
@@ -420,7 +447,16 @@ class Trainer:
                 f"tokens computed {computed}  {summary['samples_per_s']:.0f} samples/s  "
                 f"sampler gap at most {summary['sampler_gap_max']:.1e} nats"
             )
+            first = (("KL", summary["first_kl"]), ("largest |log ratio|", summary["first_log_ratio"]))
+            shown = ", ".join(f"{name} {value:g}" for name, value in first if value is not None)
+            if shown:
+                self.tracker.note(f"at the first PPO step: {shown}")
         self.tracker.note(f"wrote {self.run}")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "peft", "numpy")
+    return {"fastppo": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def _make_torch_repeatable() -> None:

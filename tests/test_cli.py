@@ -185,6 +185,23 @@ def test_errors_of_the_program_keep_their_traceback(calls, monkeypatch):
         cli.main(["train"])
 
 
+def test_model_and_data_on_this_disk_are_kept_by_their_whole_path(tmp_path, monkeypatch):
+    """So that a run can be resumed, evaluated and exported from any folder; hub names stay as they are."""
+    seen = []
+    fake = types.SimpleNamespace(train=lambda settings, run, console: seen.append(settings), resume=None)
+    monkeypatch.setitem(sys.modules, "fastppo.trainer", fake)
+    monkeypatch.setattr(fastppo, "trainer", fake, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows.jsonl").touch()
+    assert cli.main(["train", "--model", "model", "--data", "rows.jsonl", "--out", "a"]) == 0
+    assert cli.main(["train", "--model", "owner/name", "--data", "owner/set:part", "--out", "b"]) == 0
+    assert [(s.model, s.data) for s in seen] == [
+        (str(tmp_path / "model"), str(tmp_path / "rows.jsonl")),
+        ("owner/name", "owner/set:part"),
+    ]
+
+
 def test_version_and_help(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"fastppo {fastppo.__version__}\n"
@@ -192,7 +209,8 @@ def test_version_and_help(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for setting in SETTINGS.values():
         assert setting.flag in text
-    for part in ("ppo: Proximal policy", "learning rate of AdamW (default: 0.001)", "{linear,cosine,constant}"):
+    rate = "learning rate of AdamW; 0.00003 where --model is given (default: 0.001)"
+    for part in ("ppo: Proximal policy", rate, "{linear,cosine,constant}"):
         assert part in text
 
 

@@ -45,6 +45,12 @@ def error_of(overrides: dict[str, str], file: Path | None = None) -> str:
     return line
 
 
+def test_a_given_model_has_smaller_default_learning_rates_and_flags_win():
+    assert (load_config({}).sft.lr, load_config({}).ppo.lr) == (1e-3, 1e-3)
+    given = load_config({"model": "owner/name", "sft.lr": "0.5"})
+    assert (given.sft.lr, given.ppo.lr) == (0.5, 3e-5)
+
+
 def test_the_list_of_settings_is_frozen():
     expected = [f"{section}.{name}".lstrip(".") for section, names in FROZEN.items() for name in names.split()]
     assert list(SETTINGS) == expected
@@ -100,7 +106,7 @@ def test_optional_numbers(text, value):
         seed=st.integers(0, 2**32 - 1),
         ppo=st.builds(
             PpoConfig,
-            lr=st.floats(1e-12, 1e3),
+            lr=st.floats(1e-12, 1.0),
             kl_target=st.none() | st.floats(1e-6, 1e3),
             whiten=st.booleans(),
             schedule=st.sampled_from(["linear", "cosine", "constant"]),
@@ -118,11 +124,11 @@ def test_saved_settings_read_back_equal(tmp_path_factory, config):
 @pytest.mark.parametrize(
     ("key", "text", "expected"),
     [
-        ("ppo.lr", "abc", "--ppo-lr: 'abc' is not allowed; expected a finite number above 0"),
-        ("ppo.lr", "0", "--ppo-lr: '0' is not allowed; expected a finite number above 0"),
-        ("ppo.lr", "nan", "--ppo-lr: 'nan' is not allowed; expected a finite number above 0"),
-        ("ppo.lr", "1e999", "--ppo-lr: '1e999' is not allowed; expected a finite number above 0"),
-        ("ppo.lr", "none", "--ppo-lr: 'none' is not allowed; expected a finite number above 0"),
+        ("ppo.lr", "abc", "--ppo-lr: 'abc' is not allowed; expected a finite number above 0 and up to 1"),
+        ("ppo.lr", "0", "--ppo-lr: '0' is not allowed; expected a finite number above 0 and up to 1"),
+        ("ppo.lr", "nan", "--ppo-lr: 'nan' is not allowed; expected a finite number above 0 and up to 1"),
+        ("ppo.lr", "1e999", "--ppo-lr: '1e999' is not allowed; expected a finite number above 0 and up to 1"),
+        ("ppo.lr", "none", "--ppo-lr: 'none' is not allowed; expected a finite number above 0 and up to 1"),
         ("ppo.kl_target", "-1", "--ppo-kl-target: '-1' is not allowed; expected a finite number above 0, or none"),
         ("reward.wrong", "-inf", "--reward-wrong: '-inf' is not allowed; expected a finite number"),
         ("ppo.clip", "1", "--ppo-clip: '1' is not allowed; expected a finite number above 0 and below 1"),
@@ -151,8 +157,8 @@ def test_a_wrong_flag_gives_one_line_with_its_name_value_and_what_is_allowed(key
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("ppo:\n  lr: -1\n", "ppo.lr: -1 is not allowed; expected a finite number above 0"),
-        ("ppo:\n  lr: .nan\n", "ppo.lr: nan is not allowed; expected a finite number above 0"),
+        ("ppo:\n  lr: -1\n", "ppo.lr: -1 is not allowed; expected a finite number above 0 and up to 1"),
+        ("ppo:\n  lr: .nan\n", "ppo.lr: nan is not allowed; expected a finite number above 0 and up to 1"),
         ("ppo:\n  lr: true\n", "ppo.lr: True is not allowed"),
         ("ppo:\n  lr:\n", "ppo.lr: None is not allowed"),
         ("seed: 1.0\n", "seed: 1.0 is not allowed; expected a whole number"),

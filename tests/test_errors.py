@@ -1,6 +1,7 @@
 """Mistakes and accidents: one clear line and exit code 2; nothing is left where nothing was begun, and nothing lost."""
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from small import call, kill_at, leftovers, lines, outcome
 from tiny import tiny_tokenizer
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
+
+from fastppo import checkpoint
 
 
 def refused(argv: list[str], tmp_path: Path, *expected: str, hook=None, args=()) -> str:
@@ -250,15 +253,31 @@ def test_hub_name_that_cannot_be_had(world, tmp_path):
 # -- runs that go wrong ------------------------------------------------------------------------------------------------
 
 
-def test_divergence_stops_with_one_line(world, tmp_path):
-    code, _, err = call(world.argv(tmp_path / "run", ppo__lr=1e30, ppo__max_grad_norm=1e30), tmp_path)
-    assert code == 2 and err.count("\n") == 1 and "no longer finite" in err
-    assert leftovers(tmp_path / "run") == []
+def poison(module: str, function: str) -> None:
+    """In the new process: an update leaves one weight of the adapter that is no number."""
+    owner = importlib.import_module(module)
+    original = getattr(owner, function)
+
+    def poisoned(model, *args, **kwargs):
+        result = original(model, *args, **kwargs)
+        model.trainable()[0].data.flatten()[0] = float("nan")
+        return result
+
+    setattr(owner, function, poisoned)
 
 
-def test_divergence_in_sft_stops_with_one_line(world, tmp_path):
-    code, _, err = call(world.argv(tmp_path / "run", sft__lr=1e30), tmp_path)
-    assert code == 2 and err.count("\n") == 1 and "--sft-lr" in err
+POISONED = [(("fastppo.algorithms.ppo", "update"), "ppo"), (("fastppo.trainer", "sft_step"), "sft")]
+
+
+@pytest.mark.parametrize("place, flag", POISONED)
+def test_divergence_stops_with_one_line_and_saves_nothing_broken(world, tmp_path, place, flag):
+    run = tmp_path / "run"
+    code, _, err = call(world.argv(run, checkpoint_every=1), tmp_path, poison, *place)
+    assert code == 2 and err.count("\n") == 1 and "no longer finite" in err and f"a lower --{flag}-lr" in err
+    assert leftovers(run) == []
+    latest = checkpoint.load_latest(run)
+    assert latest.state["stage"] == flag and latest.state["step"] == 0
+    assert all(tensor.isfinite().all() for tensor in [*latest.model.values(), *latest.best.values()])
 
 
 def test_gap_over_the_limit_stops_with_one_line(world, tmp_path):

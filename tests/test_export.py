@@ -18,6 +18,7 @@ from fastppo.evaluate import load_adapter
 from fastppo.export import export_run
 from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.load import load_base
+from fastppo.trainer import train
 
 TEXT = "The cat sees the dogs. yes no"
 
@@ -126,3 +127,19 @@ def test_base_that_moved(run, world, tmp_path, capsys):
     (broken / "config.yaml").write_text(text.replace(str(world.model), str(tmp_path / "gone")))
     assert cli.main(["export", str(broken), "--to", str(tmp_path / "to")]) == 2
     assert "no such folder" in capsys.readouterr().err and not (tmp_path / "to").exists()
+
+
+def test_built_in_model_exports_with_the_trainers_outputs(tmp_path):
+    """Its weights are stored in bf16 and trained in fp32: what it is loaded in must be what it was trained in."""
+    settings = {"sft.examples": "16", "sft.epochs": "1", "ppo.iterations": "1", "ppo.prompts": "4", "train_examples": "60"}
+    train(load_config({**settings, "sft.lr": "0.01", "valid_examples": "6"}), tmp_path / "run", quiet_console())
+    config = load_config({}, tmp_path / "run" / "config.yaml")
+    policy = ActorCritic(load_base(config), config)
+    load_adapter(policy, tmp_path / "run" / "adapter")
+    ids = policy.base.tokenizer("The cat sees itself. Acceptable:")["input_ids"]
+    with torch.no_grad():
+        logits = policy.backbone.head.logits(policy.backbone.hidden(build_tree([ids], device="cpu")))
+    console = quiet_console()
+    export_run(tmp_path / "run", tmp_path / "to", False, console)
+    assert "dtype=torch.float32" in console.file.getvalue()
+    assert_same(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "to"), ids, logits)

@@ -125,9 +125,12 @@ def test_disk_errors_are_one_line_that_says_how_to_go_on(code):
     assert "saved before is intact" in line and "--resume" in line and "\n" not in line
 
 
-def test_other_errors_pass(tmp_path):
-    with pytest.raises(FileNotFoundError), files.disk_errors(tmp_path):
+def test_any_failure_of_the_disk_is_one_line_and_other_errors_pass(tmp_path):
+    with pytest.raises(UserError, match="No such file or directory.*choose another folder"), files.disk_errors(tmp_path):
         (tmp_path / "none").read_text()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "there")
+    with pytest.raises(UserError, match="File exists"), files.lock_run(tmp_path / "link"):
+        pass
     with pytest.raises(ValueError, match="no disk"), files.disk_errors(tmp_path):
         raise ValueError("no disk")
 

@@ -60,7 +60,7 @@ MOMENTS = {
     "in a checkpoint, before its last file": ("fastppo.checkpoint", "save_file", 12),
     "in the last checkpoint": ("fastppo.checkpoint", "save_file", 26),
     "before a checkpoint takes its place": ("os", "rename", 3),
-    "between the two renames that replace the adapter": ("os", "rename", 10),
+    "between the two renames that replace the adapter": ("os", "rename", 8),
     "before the settings are in place": ("os", "replace", 1),
 }
 
@@ -250,7 +250,7 @@ def test_settings_file_changed_by_hand(half, tmp_path, old, new):
     text = (half / "config.yaml").read_text()
     assert old in text
     (half / "config.yaml").write_text(text.replace(old, new))
-    assert "settings, data or base model changed" in refused(half, tmp_path)
+    assert "settings, data, base model, device or the versions" in refused(half, tmp_path)
 
 
 @pytest.mark.parametrize("what", ["data", "labels", "model"])
@@ -266,7 +266,7 @@ def test_data_or_model_changed(world, tmp_path, what):
     else:
         rows = (data / "train.tsv").read_text()
         (data / "train.tsv").write_text(rows.replace("src\t1", "src\t0", 1))
-    assert "settings, data or base model changed" in refused(run, tmp_path)
+    assert "settings, data, base model, device or the versions" in refused(run, tmp_path)
 
 
 DAMAGES = [(f"{name}.safetensors", damage) for name in ("model", "optimizer", "best") for damage in ("cut", "flipped")]

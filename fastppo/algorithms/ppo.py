@@ -20,10 +20,10 @@ from fastppo_kernels import gae, ppo_policy_loss, ppo_value_loss, reduce_metrics
 
 
 class Estimates(NamedTuple):
-    """kl: mean over samples of the summed log-ratio to the reference, in nats (0 where no reference is needed).
+    """kl: mean over samples of the summed log-ratio to the reference, in nats (None where no reference is needed).
     sampler_gap: largest |sampler log-prob - trainer log-prob| over all sampled tokens, in nats."""
 
-    kl: float
+    kl: float | None
     sampler_gap: float
 
 
@@ -46,10 +46,10 @@ def estimate(
     lowered by ``kl_coef * (log-prob - reference log-prob)``.
     """
     parts = [part for mini in minibatches for part in mini.parts]
-    kl_sum, gap = 0.0, 0.0
+    kl_sum, gap = 0.0 if needs_reference(config) else None, 0.0
     for part in parts:
         scores = model.forward(part.tree, temperature=config.sample.temperature)
-        sampled = torch.tensor([x for i in part.samples for x in rollout.samples[i].logprobs], device=model.device)
+        sampled = scores.logprob.new_tensor([x for i in part.samples for x in rollout.samples[i].logprobs])
         worst = float((sampled - scores.logprob).abs().max())
         if not math.isfinite(worst):
             raise UserError("log-probabilities are no longer finite: the policy has diverged; lower --ppo-lr")
@@ -60,11 +60,11 @@ def estimate(
         }
         token_rewards = torch.zeros_like(scores.logprob)
         ends = part.tree.cu_actions[1:].long() - 1
-        token_rewards[ends] = torch.tensor([rewards[i] for i in part.samples], device=model.device)
+        token_rewards[ends] = token_rewards.new_tensor([rewards[i] for i in part.samples])
         if needs_reference(config):
             reference = model.reference_logprob(part.tree, temperature=config.sample.temperature)
             log_ratio = scores.logprob - reference
-            kl_sum += float(log_ratio.sum())
+            kl_sum = (kl_sum or 0.0) + float(log_ratio.sum())
             part.known["ref_logprob"] = reference
             if config.ppo.kl_estimator == "k1":
                 token_rewards -= kl_coef * log_ratio
@@ -75,7 +75,7 @@ def estimate(
         white = whiten(torch.cat([part.known["advantages"] for part in parts]))
         for part, advantages in zip(parts, white.split([p.tree.n_actions for p in parts]), strict=True):
             part.known["advantages"] = advantages
-    return Estimates(kl_sum / len(rollout.samples), gap)
+    return Estimates(None if kl_sum is None else kl_sum / len(rollout.samples), gap)
 
 
 def update(

@@ -163,6 +163,9 @@ def pretrain(
     )
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
+    # Half the bytes on disk; whoever loads it with dtype "auto" gets the fp32 that fastppo computes in on a CPU.
+    description = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}
+    (out / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(out)
     settings_path = out / "tokenizer_config.json"
     settings = json.loads(settings_path.read_text(encoding="utf-8"))

@@ -56,7 +56,7 @@ class ActorCritic:
         torch.manual_seed(config.seed)  # peft draws A from the global generator
         try:
             with warnings.catch_warnings():  # of peft's own calls into transformers
-                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore")
                 self.peft: PeftModel = get_peft_model(base.model, self.peft_config, adapter_name=POLICY)
         except ValueError as error:
             raise UserError(f"--lora-targets: {config.lora.targets!r}: {first_line(error)}") from None

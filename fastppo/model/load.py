@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -52,7 +54,7 @@ def load_base(config: Config) -> Base:
         UserError: no such folder, no configuration, weights that are missing, damaged or do not fit, no decoder, a
             tokenizer that is missing or has no end-of-sequence token.
     """
-    source = str(MODEL_DIR) if config.model is None else config.model
+    source = str(MODEL_DIR) if config.model is None else os.path.expanduser(config.model)
     shown = "the built-in model" if config.model is None else f"model {config.model!r}"
     folder = Path(source)
     if folder.exists() and not folder.is_dir():
@@ -65,6 +67,7 @@ def load_base(config: Config) -> Base:
     options = {"trust_remote_code": config.trust_remote_code, "dtype": pick_dtype(config.dtype, device)}
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # without a network its retries log a dozen lines in front of the error
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         with warnings.catch_warnings():
@@ -73,7 +76,8 @@ def load_base(config: Config) -> Base:
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except Exception as error:  # transformers, safetensors and torch each raise kinds of their own for a damaged folder
-        raise UserError(f"{shown}: cannot be loaded: {first_line(error)}") from error
+        missing_here = "" if folder.is_dir() else "no such folder, and the hub does not give it: "
+        raise UserError(f"{shown}: cannot be loaded: {missing_here}{first_line(error)}") from error
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise UserError(
             f"{shown}: the weights do not fit its config.json: {name!r} has shape {list(found)}, expected {list(wanted)}"
@@ -88,6 +92,8 @@ def load_base(config: Config) -> Base:
     model.requires_grad_(False)
     model.eval()
     model.to(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels launch on the current device
     return Base(model, tokenizer, _eos_ids(model, tokenizer, shown), source)
 
 
@@ -96,6 +102,8 @@ def _load_tokenizer(source: str, shown: str, trust_remote_code: bool) -> PreTrai
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise UserError(f"{shown}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    if not tokenizer("yes", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{shown}: its tokenizer is empty; expected tokenizer.json or the like beside the weights")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{shown}: its tokenizer has no end-of-sequence token (eos_token), so no answer could ever end")
     return tokenizer

@@ -72,7 +72,6 @@ def generate(
     decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.config.micro_batch_tokens)
     finished: dict[int, Sample] = {}
     running: list[_Running] = []
-    hidden = torch.empty(0)
     waiting = 0  # the first prompt not yet admitted
 
     def draw(hidden_rows: torch.Tensor, rows: torch.Tensor, members: list[_Running]) -> torch.Tensor:

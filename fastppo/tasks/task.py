@@ -34,8 +34,6 @@ class Task:
     """The columns of the data set's own TSV where that has no header."""
     hub: tuple[str, str]
     """Name and configuration of the data set on the Hugging Face hub."""
-    metric: str = "mcc"
-    """The key of ``score`` by which checkpoints are compared."""
 
     def prompt(self, example: Example) -> str:
         """The prompt of an example. Fields are untrusted: they go in as they are, and are not searched for slots."""

@@ -16,8 +16,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# Scores of one gathered bucket stay below this many elements a head, so that memory is bounded whatever the batch.
+# Scores of one gathered bucket stay below this many elements a head, so that memory is bounded unless one path is long.
 _MAX_BUCKET_SCORES = 1 << 22
 
 
@@ -187,6 +188,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         q, k, v, out, *stored = ctx.saved_tensors
         layout, scale, softcap = ctx.layout, ctx.scale, ctx.softcap

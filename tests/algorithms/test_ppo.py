@@ -128,7 +128,7 @@ def test_no_kl_needs_no_reference(monkeypatch):
     rollout, rewards = sampled(model)
     minis = packed(model, rollout)
     estimates = ppo.estimate(model, minis, rollout, rewards, 0.0, model.config)
-    assert estimates.kl == 0.0 and "ref_logprob" not in minis[0].parts[0].known
+    assert estimates.kl is None and "ref_logprob" not in minis[0].parts[0].known
     run_update(model, minis, kl_coef=0.0)
 
 
@@ -322,11 +322,10 @@ def test_metrics_are_finite_with_constant_rewards_and_single_tokens():
     minis = packed(model, rollout)
     ppo.estimate(model, minis, rollout, [1.0] * 6, 0.0, model.config)
     assert not minis[0].parts[0].known["advantages"].any()
-    before = {n: t for n, t in model.state().items() if n.startswith(POLICY)}
     metrics = run_update(model, minis)
     assert all(math.isfinite(v) for n, v in metrics.items() if n != "explained_variance")
     assert all(t.isfinite().all() for t in model.state().values())
-    assert before.keys() <= model.state().keys()
+    assert metrics["policy_loss"] == 0.0
 
 
 @pytest.mark.parametrize(
