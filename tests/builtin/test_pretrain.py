@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastppo.builtin import pretrain
@@ -28,7 +29,8 @@ def test_on_the_grammar(tmp_path) -> None:
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype="auto")
-    assert model.dtype == torch.float32 and {tensor.dtype for tensor in first.values()} == {torch.bfloat16}
+    stored = load_file(tmp_path / "a" / "model.safetensors")
+    assert model.dtype == torch.float32 and {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.vocab_size) == (32, 1, 300)
 
 
