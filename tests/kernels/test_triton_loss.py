@@ -68,8 +68,11 @@ def assert_as_good(inputs: dict[str, Tensor], **how) -> dict[str, Tensor]:
         # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds: up to a whole last place.
         tiny = {torch.float64: 3e-7, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[ours[name].dtype]
         scale = truth.abs().max().clamp(min=1).item() if truth.numel() else 1.0
-        if not truth.dim():  # a sum of terms of about 1, each rounded in fp32: its error grows with the root of their number
-            scale = max(scale, next(iter(inputs.values())).numel() ** 0.5)
+        if name.endswith("_sum") or name == "loss":
+            # A sum of terms of about 1, each rounded in fp32: its error grows with the root of their number.
+            terms, divisor = next(iter(inputs.values())).numel(), how.get("denominator")
+            divisor = 1.0 if name != "loss" else float(terms if divisor is None else divisor)
+            scale = max(scale, terms**0.5 / max(divisor, 1.0))
         error, allowed = ((x.double() - truth).abs().max().item() if truth.numel() else 0.0 for x in (ours[name], twins[name]))
         assert error <= 1.2 * allowed + tiny * scale, (name, error, allowed)
     return ours
