@@ -16,7 +16,7 @@ from fastppo.batch.rollout import MicroBatch, MiniBatch, Rollout
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import ActorCritic
-from fastppo_kernels import gae, ppo_policy_loss, ppo_value_loss, reduce_metrics, whiten
+from fastppo_kernels import gae, linear_ppo_loss, ppo_value_loss, reduce_metrics, whiten
 
 
 class Estimates(NamedTuple):
@@ -46,7 +46,7 @@ def estimate(
     lowered by ``kl_coef * (log-prob - reference log-prob)``.
     """
     parts = [part for mini in minibatches for part in mini.parts]
-    kl_sum, gap = 0.0 if needs_reference(config) else None, 0.0
+    kl_sum, gap, sums = 0.0 if needs_reference(config) else None, 0.0, []
     for part in parts:
         scores = model.forward(part.tree, temperature=config.sample.temperature)
         sampled = scores.logprob.new_tensor([x for i in part.samples for x in rollout.samples[i].logprobs])
@@ -68,13 +68,13 @@ def estimate(
             part.known["ref_logprob"] = reference
             if config.ppo.kl_estimator == "k1":
                 token_rewards -= kl_coef * log_ratio
-        part.known["advantages"], part.known["returns"] = gae(
-            token_rewards, scores.values, part.tree.cu_actions, gamma=config.ppo.gamma, lam=config.ppo.lam
+        part.known["advantages"], part.known["returns"], part_sums = gae(
+            token_rewards, scores.values, part.tree.cu_actions, gamma=config.ppo.gamma, lam=config.ppo.lam, with_sums=True
         )
+        sums.append(part_sums)
     if config.ppo.whiten:  # over the whole batch, not a mini-batch: its mean is the baseline of all
-        white = whiten(torch.cat([part.known["advantages"] for part in parts]))
-        for part, advantages in zip(parts, white.split([p.tree.n_actions for p in parts]), strict=True):
-            part.known["advantages"] = advantages
+        for part in parts:
+            part.known["advantages"] = whiten(part.known["advantages"], sums=torch.cat(sums))
     return Estimates(None if kl_sum is None else kl_sum / len(rollout.samples), gap)
 
 
@@ -129,20 +129,22 @@ def _loss(
             denominator=n_actions,
         )
         return value_loss, metrics
-    scores = model.forward(part.tree, temperature=config.sample.temperature)
+    tree, head = part.tree, model.backbone.head
+    policy_RH, critic_RH = model.states(tree)
     in_loss = config.ppo.kl_estimator != "k1" and needs_reference(config)
-    policy_loss, metrics = ppo_policy_loss(
-        scores.logprob, known["old_logprob"], known["advantages"],
-        clip_low=config.ppo.clip, clip_high=config.ppo.clip,
-        entropy=scores.entropy, entropy_coef=config.ppo.entropy_coef,
+    policy_loss, metrics, logprob, _ = linear_ppo_loss(
+        policy_RH, head.weight, tree.action_targets, known["old_logprob"], known["advantages"],
+        rows_A=tree.action_rows, bias=head.bias, temperature=config.sample.temperature, softcap=head.softcap,
+        logit_scale=head.scale, clip_low=config.ppo.clip, clip_high=config.ppo.clip, entropy_coef=config.ppo.entropy_coef,
         ref_logprob=known["ref_logprob"] if in_loss else None, kl_coef=kl_coef if in_loss else 0.0,
         kl_estimator="k2" if config.ppo.kl_estimator == "k2" else "k3", denominator=n_actions,
     )  # fmt: skip
     value_loss, value_metrics = ppo_value_loss(
-        scores.values, known["old_values"], known["returns"], clip=config.value.clip, denominator=n_actions
-    )
+        model.action_values(critic_RH, tree), known["old_values"], known["returns"], clip=config.value.clip,
+        denominator=n_actions,
+    )  # fmt: skip
     metrics |= value_metrics
-    metrics["log_ratio_max"] = (scores.logprob.detach() - known["old_logprob"]).abs().max().double()
+    metrics["log_ratio_max"] = (logprob - known["old_logprob"]).abs().max().double()
     return policy_loss + config.value.coef * value_loss, metrics
 
 

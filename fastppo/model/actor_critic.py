@@ -81,25 +81,34 @@ class ActorCritic:
             self._add_adapter(CRITIC)
         self._activate(POLICY)
 
-    def forward(self, tree: TokenTree, *, temperature: float) -> Scores:
-        """Log-probs and entropies of the policy, and values, in one pass over the trunk (two with an own value adapter)."""
+    def states(self, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        """Hidden states [R, H] of the rows that predict an action, the policy's and the critic's: what the two heads read.
+
+        One pass over the trunk (two with an own value adapter).
+        """
         with self._adapter(POLICY):
-            hidden_RH = self.backbone.hidden(tree)[tree.head_rows]
-        logprob, entropy = self.backbone.head.logprob(hidden_RH, tree.action_targets, tree.action_rows, temperature)
+            policy_RH = self.backbone.hidden(tree)[tree.head_rows]
         if self.config.value.adapter:
             with self._adapter(CRITIC):
-                hidden_RH = self.backbone.hidden(tree)[tree.head_rows]
-        elif self.config.value.detach:
-            hidden_RH = hidden_RH.detach()
-        values_R = self.value_head(hidden_RH.float())[:, 0]
-        return Scores(logprob, entropy, values_R[tree.action_rows])
+                return policy_RH, self.backbone.hidden(tree)[tree.head_rows]
+        return policy_RH, policy_RH.detach() if self.config.value.detach else policy_RH
+
+    def action_values(self, critic_RH: Tensor, tree: TokenTree) -> Tensor:
+        """Values [A] fp32 from the critic's hidden states."""
+        return self.value_head(critic_RH.float())[:, 0][tree.action_rows]
+
+    def forward(self, tree: TokenTree, *, temperature: float) -> Scores:
+        """Log-probs and entropies of the policy, and values."""
+        policy_RH, critic_RH = self.states(tree)
+        logprob, entropy = self.backbone.head.logprob(policy_RH, tree.action_targets, tree.action_rows, temperature)
+        return Scores(logprob, entropy, self.action_values(critic_RH, tree))
 
     def values(self, tree: TokenTree) -> Tensor:
         """Values alone, [A]: what a step that trains only the critic needs. No gradient reaches the policy's adapter."""
         own = self.config.value.adapter
         with self._adapter(CRITIC if own else POLICY), torch.set_grad_enabled(own and torch.is_grad_enabled()):
-            hidden_RH = self.backbone.hidden(tree)[tree.head_rows]
-        return self.value_head(hidden_RH.float())[:, 0][tree.action_rows]
+            critic_RH = self.backbone.hidden(tree)[tree.head_rows]
+        return self.action_values(critic_RH, tree)
 
     def policy_logprob(self, tree: TokenTree, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of the actions under the policy, [A]: what SFT needs."""
