@@ -1,6 +1,7 @@
 # make train     set up, then train on CoLA:             make train ARGS="--seed 1 --out runs/mine"
 # make test      set up, then lint, types and tests:     make test ARGS="-k tree"
 # make install   only the set-up, into .venv:            make install PYTHON=/path/to/python3.12
+# make compile-report   what each Triton kernel takes on A100 and H100, with both tritons: make compile-report ARGS=--summary
 
 VENV := .venv
 PYTHON ?=
@@ -12,7 +13,11 @@ STAMP := $(VENV)/.installed
 WANTED := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
 HAVE := $(and $(wildcard $(VENV)/bin/python),$(shell cat $(STAMP) 2>/dev/null))
 
-.PHONY: install set-up train lint test
+# The oldest triton that the kernels are compiled with, beside the pinned one: only its compiler is used, so it lies apart.
+OLDEST_TRITON := 3.6.0
+OLDEST := $(VENV)/triton-$(OLDEST_TRITON)
+
+.PHONY: install set-up oldest-triton train lint test compile-report
 .DEFAULT_GOAL := install
 
 ifeq ($(HAVE),$(WANTED))
@@ -46,7 +51,23 @@ lint: install
 	@$(VENV)/bin/python -m ruff check .
 	@$(VENV)/bin/python -m mypy
 
+ifeq ($(shell uname -sm),Linux x86_64)
+oldest-triton: install
+	@test -d $(OLDEST) || { rm -rf $(OLDEST).part; $(VENV)/bin/python -m pip install --disable-pip-version-check -q \
+		--no-deps --target $(OLDEST).part triton==$(OLDEST_TRITON) && mv $(OLDEST).part $(OLDEST); } \
+		|| { echo "fastppo: triton $(OLDEST_TRITON) could not be installed (see above); the same command tries again" >&2; exit 1; }
+else
+oldest-triton: install
+	@:
+endif
+
+compile-report: oldest-triton
+	@status=0; \
+	$(VENV)/bin/python -m fastppo_kernels.compile_report $(ARGS) || status=1; echo; \
+	PYTHONPATH=$(OLDEST) $(VENV)/bin/python -m fastppo_kernels.compile_report $(ARGS) || status=1; \
+	exit $$status
+
 # One thread per process: two workers share the cores, and threads inside each would only get in their way.
-test: lint
+test: lint oldest-triton
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)

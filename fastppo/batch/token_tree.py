@@ -119,9 +119,11 @@ def build_tree(
     positions = np.empty(int(new.sum()), dtype=np.int64)
     positions[sorted_paths[sorted_paths >= 0]] = np.broadcast_to(columns, sorted_paths.shape)[sorted_paths >= 0]
 
+    path_lengths = lengths[order][distinct]
     layout = TreeLayout(
-        cumulative(n_q), cumulative(lengths[order][distinct]), tensor(segments[segments >= 0]), root, past
-    )
+        cumulative(n_q), cumulative(path_lengths), tensor(segments[segments >= 0]), root, past,
+        max_q=int(n_q.max()), max_k=int(path_lengths.max()),
+    )  # fmt: skip
     is_action = (np.arange(tokens.shape[1]) >= np.array(starts)[:, None]) & (tokens >= 0)
     sequence, place = np.nonzero(is_action)
     head_rows, action_rows = np.unique(paths[sequence, place - 1], return_inverse=True)

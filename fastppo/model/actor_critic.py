@@ -18,6 +18,7 @@ from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.backbone import Backbone
 from fastppo.model.load import Base, first_line
+from fastppo_kernels import patch_peft
 
 POLICY, REFERENCE, CRITIC = "policy", "reference", "critic"
 
@@ -70,8 +71,9 @@ class ActorCritic:
                 raise UserError(f"--lora-targets: {target!r} is no module of the base model")
         if sum(p.requires_grad for p in self.peft.parameters()) != len(self.adapter_tensors(POLICY)):
             raise UserError(f"--lora-targets: {config.lora.targets!r} adapts an embedding; only linear layers can be adapted")
-        self._lora_layers = [m for m in self.peft.modules() if isinstance(m, BaseTunerLayer)]
         self.peft.eval()
+        patch_peft(self.peft)
+        self._lora_layers = [m for m in self.peft.modules() if isinstance(m, BaseTunerLayer)]
         hidden = self.backbone.head.weight.shape[1]
         # Zero: the first values are 0 everywhere, so the first advantages are the rewards (N+ details, value head init).
         self.value_head = nn.Linear(hidden, 1, device=self.device, dtype=torch.float32)

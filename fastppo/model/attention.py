@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from fastppo_kernels.attention import TreeLayout, attention, decode_attention
+from fastppo_kernels.attention import TreeLayout, decode_attention, tree_attention
 
 NAME = "fastppo"
 
@@ -42,7 +42,7 @@ class TreeContext:
             self.kept[layer] = (k, v)
         if self.past is not None:
             k, v = (torch.cat([old, new]) for old, new in zip(self.past[layer], (k, v), strict=True))
-        return attention(q, k, v, self.layout, **options)
+        return tree_attention(q, k, v, self.layout, **options)
 
 
 class DecodeContext:

@@ -4,29 +4,54 @@ Every operation has a readable torch implementation that runs on any device, the
 ``backend`` argument also have Triton kernels, which CUDA tensors get by default.
 """
 
-from .attention import TreeLayout, attention, decode_attention
+from .attention import TreeLayout, attention, attention_backends, decode_attention, tree_attention
 from .gae import gae, whiten
 from .kl import KLEstimator, sampled_kl
 from .linear_logprob import linear_logprob
 from .linear_ppo_loss import linear_ppo_loss
+from .lora_buffer import LoRAWeightBuffer
+from .lora_gemm import NF4Weight, lora_gemm
+from .lora_linear import LoRAProjection, lora_linear, lora_linear_group
+from .patch_peft import adapter_mask, patch_peft, unpatch_peft
 from .ppo_loss import ppo_loss, ppo_policy_loss, ppo_value_loss, reduce_metrics
+from .rms_norm import rms_norm, rms_norm_lora
+from .rope import rope
 from .sample import sample
-from .token_logprob import token_logprob
+from .swiglu import swiglu, swiglu_backward_lora, swiglu_lora
+from .token_logprob import selective_log_softmax, token_logprob
 
 __all__ = [
     "KLEstimator",
+    "LoRAProjection",
+    "LoRAWeightBuffer",
+    "NF4Weight",
     "TreeLayout",
+    "adapter_mask",
     "attention",
+    "attention_backends",
     "decode_attention",
     "gae",
     "linear_logprob",
     "linear_ppo_loss",
+    "lora_gemm",
+    "lora_linear",
+    "lora_linear_group",
+    "patch_peft",
     "ppo_loss",
     "ppo_policy_loss",
     "ppo_value_loss",
     "reduce_metrics",
+    "rms_norm",
+    "rms_norm_lora",
+    "rope",
     "sample",
     "sampled_kl",
+    "selective_log_softmax",
+    "swiglu",
+    "swiglu_backward_lora",
+    "swiglu_lora",
     "token_logprob",
+    "tree_attention",
+    "unpatch_peft",
     "whiten",
 ]

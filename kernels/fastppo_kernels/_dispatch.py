@@ -1,12 +1,12 @@
 """Which implementation of an op runs: the Triton kernel or the torch twin.
 
 The choice is made per call (``backend=``), else by the environment variable ``FASTPPO_KERNELS``, else by what is there:
-Triton for CUDA tensors where triton can be imported, torch for everything else. Under ``TRITON_INTERPRET=1`` the Triton
+Triton for CUDA tensors where triton is installed, torch for everything else. Under ``TRITON_INTERPRET=1`` the Triton
 kernels also take CPU tensors, which is how they are tested without a GPU.
 """
 
+import importlib.util
 import os
-from functools import cache
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -15,14 +15,8 @@ Backend = Literal["auto", "triton", "torch"]
 VARIABLE = "FASTPPO_KERNELS"
 
 
-@cache
-def triton_importable() -> bool:
-    """Whether triton can be imported; asked only when a kernel might run, for the import takes a moment."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+# Without importing it, which takes a moment; found out once, for torch.compile cannot trace the search.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -41,9 +35,9 @@ def use_triton(tensor: Tensor, backend: Backend | None) -> bool:
     if wanted == "torch":
         return False
     if wanted == "auto":
-        return tensor.is_cuda and triton_importable()
+        return tensor.is_cuda and _TRITON_INSTALLED
     if not tensor.is_cuda and not interpreting():
         raise ValueError(f"{name} 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {tensor.device}")
-    if not triton_importable():
+    if not _TRITON_INSTALLED:
         raise ValueError(f"{name} 'triton': triton is not installed")
     return True

@@ -1,19 +1,43 @@
-"""The head ops as torch operators that launch Triton kernels: opaque to torch.compile, no host synchronisation.
+"""The head ops as torch operators: opaque to torch.compile, whose graph then has no loop over chunks; no host synchronisation.
 
-One operator a direction. Arguments are checked by the public functions; `softcap` and the like are None for none.
+One operator a direction. A chunk of rows goes through the head's product here; what happens to its rows of logits is that
+of `_rows` (the torch twin) or of `_triton_head`, as `use_triton` says. Arguments are checked by the public functions;
+`softcap` and the like are None for none.
 """
 
-import math
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _triton_head as kernels
+from . import _rows
+from ._checks import accumulate_dtype
+from ._gather import occurrences
+from ._rows import Actions, Statistics, Transform
 
 # Rows of the head whose weight gradient is made at a time: bounds the float32 product before it is added.
 _WEIGHT_ROWS = 16384
+# Rows of given logits that the torch twin works on at a time: bounds its copies.
+_COPIED_ROWS = 1024
+
+# What the Triton PPO kernel sums over the actions of a row: the loss, then these.
+METRICS = (
+    "count", "ratio_sum", "ratio_max", "clip_fraction_sum", "approx_kl_sum", "policy_loss_sum", "entropy_sum", "kl_ref_sum",
+)  # fmt: skip
+
+
+def _kernels(use_triton: bool) -> ModuleType:
+    if not use_triton:
+        return _rows
+    from . import _triton_head  # imports triton
+
+    return _triton_head
+
+
+def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,103 +48,180 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
 
 
-def _float32(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
+def _finite(x: Tensor) -> Tensor:
+    """x, 0 where it is not finite: for products with gradients, which are 0 in rows that the loss does not look at and NaN in
+    all other such rows, so that nothing is hidden."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
-def by_row(rows_A: Tensor | None, rows: int) -> tuple[Tensor | None, Tensor | None]:
-    """(order_A, row_start_R1): actions sorted by row, stable, and where each row's begin; (None, None) for one a row."""
-    if rows_A is None:
-        return None, None
-    sorted_A, order_A = rows_A.sort(stable=True)
-    return order_A, torch.searchsorted(sorted_A, torch.arange(rows + 1, device=rows_A.device))
+def _new_statistics(like: Tensor, dtype: torch.dtype, actions: int, rows: int) -> Statistics:
+    return Statistics(*(like.new_empty(size, dtype=accumulate_dtype(dtype)) for size in (actions, rows, rows, rows)))
 
 
-def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
+def _actions(targets_A: Tensor, rows_A: Tensor | None, rows: int, use_triton: bool) -> Actions:
+    return Actions(targets_A, rows_A, *(occurrences(rows_A, rows) if use_triton and rows_A is not None else ()))
 
 
-def _bias_of(bias_V: Tensor | None, weight_VH: Tensor) -> Tensor | None:
-    return None if bias_V is None else bias_V.to(weight_VH.dtype).float()
+class _Head(NamedTuple):
+    """logits = hidden weight^T + lora_scale (hidden lora_A^T) lora_B^T (+ bias, which the kernels of the rows add).
+
+    The product with the weight is in the weight's dtype, the adapter's (a rank wide) in `logits_dtype`. It is added to the
+    chunk of logits where that lies: a copy of the weight with B beside it would spare reading and writing the chunk once more,
+    and is what a chunked head is there to do without: another tensor of the weight's size.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    lora_A_KH: Tensor | None
+    lora_B_VK: Tensor | None
+    lora_scale: float
+    logits_dtype: torch.dtype
+
+    def rounded_bias(self) -> Tensor | None:
+        dtype = self.weight_VH.dtype
+        return None if self.bias_V is None else self.bias_V.to(dtype).to(accumulate_dtype(dtype)).contiguous()
+
+    def adapter_input(self, hidden_CH: Tensor) -> Tensor:
+        """S = hidden A^T: [C, K] in `logits_dtype`."""
+        assert self.lora_A_KH is not None
+        hidden_CH = hidden_CH.to(self.weight_VH.dtype).to(self.logits_dtype)
+        return _product(hidden_CH, self.lora_A_KH.to(self.logits_dtype).t(), self.logits_dtype)
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        logits_CV = _product(hidden_CH.to(self.weight_VH.dtype), self.weight_VH.t(), self.logits_dtype)
+        if self.lora_B_VK is None:
+            return logits_CV
+        s_CK, b_KV = self.adapter_input(hidden_CH), self.lora_B_VK.to(self.logits_dtype).t()
+        with torch.autocast(hidden_CH.device.type, enabled=False):
+            if hidden_CH.is_cuda:  # no second tensor of the chunk's size
+                return logits_CV.addmm_(s_CK, b_KV, alpha=self.lora_scale)
+            return logits_CV.add_((s_CK @ b_KV).mul_(self.lora_scale))  # PEFT's arithmetic, to the bit
+
+
+def _new_gradients(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty gradients of hidden state (in its dtype) and of the head's four (as sums are kept); of size 0 if not needed."""
+    hidden_RH = inputs[0]
+    assert hidden_RH is not None
+
+    def new(tensor: Tensor | None, need: bool) -> Tensor:
+        if tensor is None or not need:
+            return hidden_RH.new_empty(0)
+        # Sums over chunks stay in float32: added up in bfloat16 they would lose the later chunks.
+        return tensor.new_empty(tensor.shape, dtype=tensor.dtype if tensor is hidden_RH else accumulate_dtype(tensor.dtype))
+
+    grad_hidden_RH, *of_head = (new(tensor, need) for tensor, need in zip(inputs, needs, strict=True))
+    grad_weight_VH, grad_bias_V, grad_A_KH, grad_B_VK = of_head
+    return grad_hidden_RH, grad_weight_VH, grad_bias_V, grad_A_KH, grad_B_VK
 
 
 class _HeadGradient:
-    """Gradients of hidden state, weight and bias, added up from the gradients of chunks of logits; empty if not wanted."""
+    """Gradients of hidden state, weight, bias and adapter, added up from the gradients of chunks of logits."""
 
-    def __init__(self, hidden_RH: Tensor, weight_VH: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
-        self.hidden_RH, self.weight_VH = hidden_RH, weight_VH
-        self.needs = need_hidden, need_weight, need_bias
-        self.grad_hidden_RH = hidden_RH.new_empty(hidden_RH.shape if need_hidden else (0, 0))
-        # Sums over chunks stay in float32: added up in bfloat16 they would lose the later chunks.
-        self.grad_weight_VH = _float32(weight_VH, *(weight_VH.shape if need_weight else (0, 0))).zero_()
-        self.grad_bias_V = _float32(weight_VH, len(weight_VH) if need_bias else 0).zero_()
+    def __init__(self, hidden_RH: Tensor, head: _Head, needs: list[bool]) -> None:
+        self.hidden_RH, self.head, self.needs = hidden_RH, head, needs
+        self.all = _new_gradients((hidden_RH, *head[:4]), needs)
+        for total in self.all[1:]:
+            total.zero_()
 
     def add(self, chunk: slice, grad_CV: Tensor) -> None:
-        need_hidden, need_weight, need_bias = self.needs
+        need_hidden, need_weight, need_bias, need_A, need_B = self.needs
+        grad_hidden_RH, grad_weight_VH, grad_bias_V, grad_A_KH, grad_B_VK = self.all
+        head, hidden_CH, dtype = self.head, self.hidden_RH[chunk], grad_CV.dtype
+        wide = accumulate_dtype(dtype)
         if need_hidden:
-            dtype = torch.float32 if self.hidden_RH.dtype == torch.float32 else grad_CV.dtype
-            self.grad_hidden_RH[chunk] = _product(grad_CV, self.weight_VH, dtype)
+            product_dtype = wide if hidden_CH.dtype == wide else dtype
+            grad_hidden_RH[chunk] = _product(grad_CV, head.weight_VH, product_dtype)
         if need_weight:
-            hidden_CH = self.hidden_RH[chunk].to(grad_CV.dtype)
-            for part in _chunks(len(self.weight_VH), _WEIGHT_ROWS):
-                self.grad_weight_VH[part] += _product(grad_CV[:, part].t(), hidden_CH, torch.float32)
+            finite_CH = _finite(hidden_CH.to(dtype))
+            for part in _chunks(len(head.weight_VH), _WEIGHT_ROWS):
+                grad_weight_VH[part] += _product(grad_CV[:, part].t(), finite_CH, wide)
         if need_bias:
-            self.grad_bias_V += grad_CV.sum(0, dtype=torch.float32)
+            grad_bias_V += grad_CV.sum(0, dtype=wide)
+        if head.lora_A_KH is None or head.lora_B_VK is None:
+            return
+        if need_hidden or need_A:
+            ds_CK = _product(grad_CV, head.lora_B_VK.to(dtype), wide).mul_(head.lora_scale)
+            if need_hidden:
+                grad_hidden_RH[chunk] += _product(ds_CK, head.lora_A_KH.to(wide), wide)
+            if need_A:
+                grad_A_KH += _product(ds_CK.t(), _finite(hidden_CH.to(dtype).to(wide)), wide)
+        if need_B:
+            s_CK = _finite(head.adapter_input(hidden_CH)).to(dtype)
+            grad_B_VK += _product(grad_CV.t(), s_CK, wide).mul_(head.lora_scale)
 
-    def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.grad_hidden_RH, self.grad_weight_VH, self.grad_bias_V
+
+def _gradient_place(logits_CV: Tensor, dtype: torch.dtype, use_triton: bool) -> Tensor:
+    """Where the gradient of a chunk of logits goes, in a dtype that is no wider: over the logits' own memory if it can."""
+    if logits_CV.dtype == dtype:
+        return logits_CV
+    return logits_CV.view(dtype)[:, : logits_CV.shape[1]] if use_triton else logits_CV.new_empty(logits_CV.shape, dtype=dtype)
 
 
 @torch.library.custom_op("fastppo_kernels::token_logprob", mutates_args=())
 def token_logprob(
-    logits_RV: Tensor, targets_R: Tensor, temperature: float, softcap: float | None, inplace: bool
+    logits_RV: Tensor, targets_RJ: Tensor, temperature: float, softcap: float | None, inplace: bool, use_triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, maximum, log S), each [R]. `inplace` is for the backward alone."""
-    outputs = tuple(_float32(logits_RV, len(logits_RV)) for _ in range(4))
-    logprob_R, entropy_R, maximum_R, log_sum_R = outputs
-    if len(logits_RV):
-        kernels.statistics(
-            logits_RV, None, targets_R, None, None, 0, logprob_R, maximum_R, log_sum_R, entropy_R, None, 1.0, temperature,
-            softcap,
-        )  # fmt: skip
-    return logprob_R, entropy_R, maximum_R, log_sum_R
+    """(logprob_A, maximum_R, log S_R, entropy_R) of J targets a row, A = R J. `inplace` is for the backward alone."""
+    rows = len(logits_RV)
+    out = _new_statistics(logits_RV, logits_RV.dtype, targets_RJ.numel(), rows)
+    actions = Actions(targets_RJ.view(-1), per_row=targets_RJ.shape[1])
+    transform = Transform(1.0, temperature, softcap)
+    for chunk, logits_CV in _given(logits_RV, use_triton):
+        _kernels(use_triton).statistics(logits_CV, None, chunk.start, actions, transform, out, None)
+    return out
+
+
+def _given(logits_RV: Tensor, use_triton: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of logits that may be used up: the Triton kernels read all logits where they lie, the twin copies some."""
+    rows = len(logits_RV)
+    for chunk in _chunks(rows, max(rows, 1) if use_triton else _COPIED_ROWS):
+        if use_triton:
+            yield chunk, logits_RV
+        else:
+            dtype, form = accumulate_dtype(logits_RV.dtype), torch.contiguous_format
+            yield chunk, logits_RV[chunk].to(dtype, copy=True, memory_format=form)
 
 
 @token_logprob.register_fake
-def _(logits_RV: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(logits_RV.new_empty(logits_RV.shape[0], dtype=torch.float32) for _ in range(4))
+def _(logits_RV: Tensor, targets_RJ: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    actions = targets_RJ.shape[0] * targets_RJ.shape[1]
+    return _new_statistics(logits_RV, logits_RV.dtype, actions, logits_RV.shape[0])
 
 
 def _token_logprob_gradient(
     logits_RV: Tensor,
     grad_RV: Tensor,
-    targets_R: Tensor,
+    targets_RJ: Tensor,
     statistics: list[Tensor],
-    grad_logprob_R: Tensor,
+    grad_logprob_A: Tensor,
     grad_entropy_R: Tensor,
-    temperature: float,
-    softcap: float | None,
+    transform: Transform,
+    use_triton: bool,
 ) -> None:
-    logprob_R, entropy_R, maximum_R, log_sum_R = statistics
-    if len(logits_RV):
-        kernels.gradient(
-            logits_RV, grad_RV, None, targets_R, None, None, 0, logprob_R, maximum_R, log_sum_R, entropy_R,
-            grad_logprob_R.contiguous(), grad_entropy_R.contiguous(), 1.0, temperature, softcap,
-        )  # fmt: skip
+    each = targets_RJ.shape[1]
+    actions = Actions(targets_RJ.view(-1), per_row=each)
+    # The kernels take entropy gradients by action and add up a row's: its first action has it all.
+    grads = grad_logprob_A.contiguous(), torch.nn.functional.pad(grad_entropy_R[:, None], (0, each - 1)).view(-1)
+    for chunk, logits_CV in _given(logits_RV, use_triton):
+        _kernels(use_triton).gradient(
+            logits_CV, grad_RV[chunk], None, chunk.start, actions, transform, Statistics(*statistics), *grads
+        )
 
 
 @torch.library.custom_op("fastppo_kernels::token_logprob_backward", mutates_args=())
 def token_logprob_backward(
     logits_RV: Tensor,
-    targets_R: Tensor,
+    targets_RJ: Tensor,
     statistics: list[Tensor],
-    grad_logprob_R: Tensor,
+    grad_logprob_A: Tensor,
     grad_entropy_R: Tensor,
     temperature: float,
     softcap: float | None,
+    use_triton: bool,
 ) -> Tensor:
     grad_RV = logits_RV.new_empty(logits_RV.shape)
-    _token_logprob_gradient(logits_RV, grad_RV, targets_R, statistics, grad_logprob_R, grad_entropy_R, temperature, softcap)
+    transform = Transform(1.0, temperature, softcap)
+    _token_logprob_gradient(logits_RV, grad_RV, targets_RJ, statistics, grad_logprob_A, grad_entropy_R, transform, use_triton)
     return grad_RV
 
 
@@ -130,21 +231,21 @@ def _(logits_RV: Tensor, *_: Any) -> Tensor:
 
 
 def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_RV, targets_R, ctx.temperature, ctx.softcap, ctx.inplace = inputs
-    ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(logits_RV, targets_R, *output)
+    logits_RV, targets_RJ, ctx.temperature, ctx.softcap, ctx.inplace, ctx.use_triton = inputs
+    ctx.mark_non_differentiable(*output[1:3])
+    ctx.save_for_backward(logits_RV, targets_RJ, *output)
 
 
-def _token_backward(ctx: Any, grad_logprob_R: Tensor, grad_entropy_R: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    logits_RV, targets_R, *statistics = ctx.saved_tensors
-    settings = (targets_R, statistics, grad_logprob_R, grad_entropy_R, ctx.temperature, ctx.softcap)
+def _token_backward(ctx: Any, grad_logprob_A: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    logits_RV, targets_RJ, *statistics = ctx.saved_tensors
+    settings = (targets_RJ, statistics, grad_logprob_A, grads[2])
     # A compiled graph may not write to what it was given; its memory planner reuses the logits' memory by itself.
     if ctx.inplace and not torch.compiler.is_compiling():
         place_RV = logits_RV.detach()
-        _token_logprob_gradient(place_RV, place_RV, *settings)
+        _token_logprob_gradient(place_RV, place_RV, *settings, Transform(1.0, ctx.temperature, ctx.softcap), ctx.use_triton)
         torch.autograd.graph.increment_version(logits_RV)  # a second backward raises instead of giving nonsense
-        return place_RV, None, None, None, None
-    return token_logprob_backward(logits_RV, *settings), None, None, None, None
+        return place_RV, *(None,) * 5
+    return token_logprob_backward(logits_RV, *settings, ctx.temperature, ctx.softcap, ctx.use_triton), *(None,) * 5
 
 
 token_logprob.register_autograd(_token_backward, setup_context=_token_setup)
@@ -155,40 +256,40 @@ def linear_logprob(
     hidden_RH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
+    lora_A_KH: Tensor | None,
+    lora_B_VK: Tensor | None,
     targets_A: Tensor,
     rows_A: Tensor | None,
+    lora_scale: float,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     chunk_rows: int,
-    want_argmax: bool,
     logits_dtype: torch.dtype,
+    want_argmax: bool,
+    use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob_A, entropy_A, argmax_R, maximum_R, log S_R, entropy_R)."""
     rows = len(hidden_RH)
-    logprob_A = _float32(hidden_RH, len(targets_A))
-    maximum_R, log_sum_R, entropy_R = (_float32(hidden_RH, rows) for _ in range(3))
+    head = _Head(weight_VH, bias_V, lora_A_KH, lora_B_VK, lora_scale, logits_dtype)
+    bias, actions = head.rounded_bias(), _actions(targets_A, rows_A, rows, use_triton)
+    transform = Transform(logit_scale, temperature, softcap)
+    out = _new_statistics(hidden_RH, weight_VH.dtype, len(targets_A), rows)
     argmax_R = targets_A.new_empty(rows if want_argmax else 0)
-    bias, (order_A, row_start_R1) = _bias_of(bias_V, weight_VH), by_row(rows_A, rows)
     for chunk in _chunks(rows, chunk_rows):
-        logits_CV = _product(hidden_RH[chunk].to(weight_VH.dtype), weight_VH.t(), logits_dtype)
-        kernels.statistics(
-            logits_CV, bias, targets_A, order_A, row_start_R1, chunk.start, logprob_A, maximum_R, log_sum_R, entropy_R,
-            argmax_R if want_argmax else None, logit_scale, temperature, softcap,
-        )  # fmt: skip
-        del logits_CV  # before the next chunk is made
-    entropy_A = entropy_R.clone() if rows_A is None else entropy_R[rows_A]
-    return logprob_A, entropy_A, argmax_R, maximum_R, log_sum_R, entropy_R
+        _kernels(use_triton).statistics(
+            head.logits(hidden_RH[chunk]), bias, chunk.start, actions, transform, out, argmax_R if want_argmax else None
+        )
+    entropy_A = out.entropy_R.clone() if rows_A is None else out.entropy_R[rows_A]
+    return out.logprob_A, entropy_A, argmax_R, *out[1:]
 
 
 @linear_logprob.register_fake
-def _(
-    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_A: Tensor, rows_A: Tensor | None, *others: Any
-) -> tuple[Tensor, ...]:
-    rows, actions, want_argmax = hidden_RH.shape[0], targets_A.shape[0], others[4]
-    of_actions = (hidden_RH.new_empty(actions, dtype=torch.float32) for _ in range(2))
-    of_rows = (hidden_RH.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    return *of_actions, targets_A.new_empty(rows if want_argmax else 0), *of_rows
+def _(hidden_RH: Tensor, weight_VH: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    targets_A, want_argmax = others[3], others[-2]
+    rows, actions = hidden_RH.shape[0], targets_A.shape[0]
+    logprob_A, *of_rows = _new_statistics(hidden_RH, weight_VH.dtype, actions, rows)
+    return logprob_A, torch.empty_like(logprob_A), targets_A.new_empty(rows if want_argmax else 0), *of_rows
 
 
 @torch.library.custom_op("fastppo_kernels::linear_logprob_backward", mutates_args=())
@@ -196,72 +297,55 @@ def linear_logprob_backward(
     hidden_RH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
+    lora_A_KH: Tensor | None,
+    lora_B_VK: Tensor | None,
     targets_A: Tensor,
     rows_A: Tensor | None,
-    logprob_A: Tensor,
-    statistics: list[Tensor],
-    grad_logprob_A: Tensor,
-    grad_entropy_A: Tensor,
+    lora_scale: float,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     chunk_rows: int,
     logits_dtype: torch.dtype,
+    use_triton: bool,
+    statistics: list[Tensor],
+    grad_logprob_A: Tensor,
+    grad_entropy_A: Tensor,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden state (its dtype), weight and bias (both float32), empty where not needed."""
-    maximum_R, log_sum_R, entropy_R = statistics
-    gradient = _HeadGradient(hidden_RH, weight_VH, *needs)
-    bias, (order_A, row_start_R1) = _bias_of(bias_V, weight_VH), by_row(rows_A, len(hidden_RH))
-    grad_logprob_A, grad_entropy_A = grad_logprob_A.contiguous(), grad_entropy_A.contiguous()
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden state, weight, bias and adapter, see `_new_gradients`."""
+    head = _Head(weight_VH, bias_V, lora_A_KH, lora_B_VK, lora_scale, logits_dtype)
+    bias, actions = head.rounded_bias(), _actions(targets_A, rows_A, len(hidden_RH), use_triton)
+    transform, of = Transform(logit_scale, temperature, softcap), Statistics(*statistics)
+    gradient = _HeadGradient(hidden_RH, head, needs)
+    grads = grad_logprob_A.contiguous(), grad_entropy_A.contiguous()
     for chunk in _chunks(len(hidden_RH), chunk_rows):
-        logits_CV = _product(hidden_RH[chunk].to(weight_VH.dtype), weight_VH.t(), logits_dtype)
-        grad_CV = kernels.gradient_place(logits_CV, weight_VH.dtype)
-        kernels.gradient(
-            logits_CV, grad_CV, bias, targets_A, order_A, row_start_R1, chunk.start, logprob_A, maximum_R, log_sum_R, entropy_R,
-            grad_logprob_A, grad_entropy_A, logit_scale, temperature, softcap,
-        )  # fmt: skip
+        logits_CV = head.logits(hidden_RH[chunk])
+        grad_CV = _gradient_place(logits_CV, weight_VH.dtype, use_triton)
+        _kernels(use_triton).gradient(logits_CV, grad_CV, bias, chunk.start, actions, transform, of, *grads)
         gradient.add(chunk, grad_CV)
-        del logits_CV, grad_CV
-    return gradient.all()
+        del logits_CV, grad_CV  # before the next chunk is made
+    return gradient.all
 
 
 @linear_logprob_backward.register_fake
-def _(hidden_RH: Tensor, weight_VH: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(hidden_RH, weight_VH, *others[-1])
-
-
-def _fake_gradients(
-    hidden_RH: Tensor, weight_VH: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden_RH.new_empty(hidden_RH.shape if need_hidden else (0, 0)),
-        weight_VH.new_empty(weight_VH.shape if need_weight else (0, 0), dtype=torch.float32),
-        weight_VH.new_empty(weight_VH.shape[0] if need_bias else 0, dtype=torch.float32),
-    )
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    return _new_gradients(inputs[:5], inputs[-1])
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_RH, weight_VH, bias_V, targets_A, rows_A = inputs[:5]
-    ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_rows, _, ctx.logits_dtype = inputs[5:]
-    logprob_A, _, argmax_R, *statistics = output
-    ctx.mark_non_differentiable(argmax_R, *statistics)
-    ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_A, rows_A, logprob_A, *statistics)
+    *ctx.settings, _, use_triton = inputs[7:]
+    ctx.settings.append(use_triton)
+    logprob_A, _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*inputs[:7], logprob_A, *others[1:])
 
 
 def _linear_backward(ctx: Any, grad_logprob_A: Tensor, grad_entropy_A: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    hidden_RH, weight_VH, bias_V, targets_A, rows_A, logprob_A, *statistics = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    grad_hidden_RH, grad_weight_VH, grad_bias_V = linear_logprob_backward(
-        hidden_RH, weight_VH, bias_V, targets_A, rows_A, logprob_A, statistics, grad_logprob_A, grad_entropy_A,
-        ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_rows, ctx.logits_dtype, needs,
-    )  # fmt: skip
-    return (
-        grad_hidden_RH if needs[0] else None,
-        grad_weight_VH.to(weight_VH.dtype) if needs[1] else None,
-        grad_bias_V.to(bias_V.dtype) if needs[2] else None,
-        *(None,) * 8,
-    )
+    inputs, statistics, needs = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:]), list(ctx.needs_input_grad[:5])
+    gradients = linear_logprob_backward(*inputs, *ctx.settings, statistics, grad_logprob_A, grad_entropy_A, needs)
+    of_inputs = zip(gradients, inputs, needs, strict=False)
+    return *(gradient.to(x.dtype) if need else None for gradient, x, need in of_inputs), *(None,) * 10
 
 
 linear_logprob.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -272,77 +356,80 @@ def linear_ppo_loss(
     hidden_RH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
+    lora_A_KH: Tensor | None,
+    lora_B_VK: Tensor | None,
     targets_A: Tensor,
     rows_A: Tensor | None,
+    lora_scale: float,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int,
+    logits_dtype: torch.dtype,
     old_logprob_A: Tensor,
     advantages_A: Tensor,
     mask_A: Tensor,
     ref_logprob_A: Tensor | None,
     denominator: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
+    settings: list[float],
     kl_kind: int,
-    chunk_rows: int,
-    logits_dtype: torch.dtype,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, logprob_A, entropy_A, gradients of hidden, weight and bias, what these are to be multiplied by)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The Triton form alone; `settings` are clip_low, clip_high, dual_clip (inf for none), entropy_coef and kl_coef.
+
+    Returns:
+        (loss, metrics, logprob_A, entropy_A, gradients as in `_new_gradients`, what these are to be multiplied by).
+    """
     rows = len(hidden_RH)
-    logprob_A, entropy_A, grad_logprob_A = (_float32(hidden_RH, len(targets_A)) for _ in range(3))
-    metrics_RM = _float32(hidden_RH, rows, kernels.COLUMNS)
-    gradient = _HeadGradient(hidden_RH, weight_VH, *needs)
-    bias, (order_A, row_start_R1) = _bias_of(bias_V, weight_VH), by_row(rows_A, rows)
+    head = _Head(weight_VH, bias_V, lora_A_KH, lora_B_VK, lora_scale, logits_dtype)
+    bias, actions = head.rounded_bias(), _actions(targets_A, rows_A, rows, True)
+    transform = Transform(logit_scale, temperature, softcap)
+    gradient = _HeadGradient(hidden_RH, head, needs)
+    of_actions = [hidden_RH.new_empty(len(targets_A), dtype=torch.float32) for _ in range(3)]
+    metrics_RM = hidden_RH.new_empty(rows, 1 + len(METRICS), dtype=torch.float32)
     inverse = denominator.reciprocal()
     # Divided by thousands of tokens, most of a row's gradient would be below what float16 can hold: that comes afterwards.
     late = weight_VH.dtype == torch.float16
     inside, after = (torch.ones_like(inverse), inverse) if late else (inverse, torch.ones_like(inverse))
+    constants = old_logprob_A, advantages_A, mask_A, ref_logprob_A, inside
     for chunk in _chunks(rows, chunk_rows):
-        logits_CV = _product(hidden_RH[chunk].to(weight_VH.dtype), weight_VH.t(), logits_dtype)
-        grad_CV = kernels.gradient_place(logits_CV, weight_VH.dtype)
-        kernels.ppo(
-            logits_CV, grad_CV if any(needs) else None, bias, targets_A, order_A, row_start_R1, chunk.start,
-            old_logprob_A, advantages_A, mask_A, ref_logprob_A, inside, logprob_A, entropy_A, grad_logprob_A, metrics_RM,
-            logit_scale, temperature, softcap, clip_low, clip_high, math.inf if dual_clip is None else dual_clip,
-            entropy_coef, kl_coef, kl_kind,
+        logits_CV = head.logits(hidden_RH[chunk])
+        grad_CV = _gradient_place(logits_CV, weight_VH.dtype, True)
+        _kernels(True).ppo(
+            logits_CV, grad_CV if any(needs) else None, bias, chunk.start, actions, transform, constants, settings, kl_kind,
+            of_actions, metrics_RM,
         )  # fmt: skip
         gradient.add(chunk, grad_CV)
         del logits_CV, grad_CV
     metrics_M = metrics_RM.sum(0, dtype=torch.float64)
-    largest = kernels.METRICS.index("ratio_max") + 1
-    metrics_M[largest] = metrics_RM[:, largest].max() if rows else 0
+    largest = METRICS.index("ratio_max") + 1
+    if rows:  # amax passes NaN on, but a kernel's maximum of a row does not: the row's sum of ratios does
+        ratio_sum_R, ratio_max_R = metrics_RM[:, largest - 1], metrics_RM[:, largest]
+        metrics_M[largest] = torch.where(ratio_sum_R.isnan(), ratio_sum_R, ratio_max_R).amax()
     loss = (metrics_M[0] / denominator).float()
-    return loss, metrics_M[1:].clone(), logprob_A, entropy_A, *gradient.all(), after
+    return loss, metrics_M[1:].clone(), of_actions[0], of_actions[1], *gradient.all, after
 
 
 @linear_ppo_loss.register_fake
-def _(
-    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_A: Tensor, rows_A: Tensor | None, *others: Any
-) -> tuple[Tensor, ...]:
+def _(hidden_RH: Tensor, *others: Any) -> tuple[Tensor, ...]:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden_RH.new_empty(shape, dtype=dtype)
 
-    of_actions = (new(targets_A.shape[0]) for _ in range(2))
-    gradients = _fake_gradients(hidden_RH, weight_VH, *others[-1])
-    return new(), new(len(kernels.METRICS), dtype=torch.float64), *of_actions, *gradients, new()
+    actions = others[4].shape[0]
+    gradients = _new_gradients((hidden_RH, *others[:4]), others[-1])
+    return new(), new(len(METRICS), dtype=torch.float64), new(actions), new(actions), *gradients, new()
 
 
 def _ppo_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
-    ctx.save_for_backward(*output[-4:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:5]]
+    ctx.save_for_backward(*output[4:])
 
 
 def _ppo_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *gradients, after = ctx.saved_tensors
     scale = (grad_loss * after).view(1)  # one dimension: of none it would be rounded to the gradient's dtype first
-    scaled: list[Tensor | None] = [None] * 22
+    scaled: list[Tensor | None] = [None] * 21
     for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
         if ctx.needs_input_grad[i]:
             scaled[i] = torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))

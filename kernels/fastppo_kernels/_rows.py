@@ -1,6 +1,6 @@
-"""The row arithmetic of a softmax over the vocabulary, shared by `token_logprob`, `linear_logprob` and `sample`.
+"""The row arithmetic of a softmax over the vocabulary, shared by the head ops and `sample`; the torch twin of `_triton_head`.
 
-With z = (cap(logits) - max) / temperature and S = sum(exp(z)):
+With z = (cap(logit_scale (logits + bias)) - max) / temperature and S = sum(exp(z)):
 
     log p_j = z_j - log S              H = log S - sum_j exp(z_j) z_j / S
     d log p_y / d z_j = 1[j = y] - p_j         d H / d z_j = -p_j (log p_j + H)
@@ -10,10 +10,44 @@ logits, nor rows of -1e4, nor a tiny temperature lose digits. Functions ending i
 caller owns.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 # exp(-1e4) is 0 in every dtype: clamping there changes no probability and turns 0 * -inf into 0.
 LOG_ZERO = -1e4
+
+
+class Transform(NamedTuple):
+    """What logits go through before the softmax: cap(logit_scale x) / temperature, cap(x) = softcap tanh(x / softcap)."""
+
+    logit_scale: float
+    temperature: float
+    softcap: float | None
+
+
+class Actions(NamedTuple):
+    """The actions (a row and a target token each) of all rows.
+
+    rows_A: the row of every action, any; row r then has the actions order_A[row_start_R1[r]:row_start_R1[r + 1]] (the Triton
+    kernels read these two, the torch twin the first). None: action a is that of row a // per_row.
+    """
+
+    targets_A: Tensor
+    rows_A: Tensor | None = None
+    order_A: Tensor | None = None
+    row_start_R1: Tensor | None = None
+    per_row: int = 1
+
+
+class Statistics(NamedTuple):
+    """What is kept of logits, in float32 or float64: of every action its log-prob, of every row max, log S and H."""
+
+    logprob_A: Tensor
+    maximum_R: Tensor
+    log_sum_R: Tensor
+    entropy_R: Tensor
 
 
 def shift_(logits_RV: Tensor, temperature: float, softcap: float | None) -> Tensor:
@@ -22,11 +56,6 @@ def shift_(logits_RV: Tensor, temperature: float, softcap: float | None) -> Tens
         logits_RV.div_(softcap).tanh_().mul_(softcap)
     logits_RV.sub_(logits_RV.amax(-1, keepdim=True))
     return logits_RV if temperature == 1.0 else logits_RV.div_(temperature)
-
-
-def softcap_slope(logits_RV: Tensor, softcap: float) -> Tensor:
-    """d cap(x) / dx = 1 - tanh(x / softcap)^2, for logits before `shift_`."""
-    return (logits_RV / softcap).tanh_().square_().neg_().add_(1)
 
 
 def normalise_(z_RV: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,22 +68,6 @@ def normalise_(z_RV: Tensor) -> tuple[Tensor, Tensor]:
     return log_sum_R, entropy_R
 
 
-def spread_gradient_(
-    z_RV: Tensor, log_sum_R: Tensor, entropy_R: Tensor, grad_logprob_R: Tensor, grad_entropy_R: Tensor
-) -> Tensor:
-    """Turn z in place into the gradient that falls on every entry: -p_j (g_logprob + g_entropy (log p_j + H)).
-
-    The caller adds g_logprob at the targets. A row whose two gradients are 0 gets exactly 0, even if its logits are
-    NaN.
-    """
-    log_p_RV = z_RV.sub_(log_sum_R[:, None]).clamp_(min=LOG_ZERO)
-    p_RV = log_p_RV.exp()
-    grad_RV = log_p_RV.add_(entropy_R[:, None]).mul_(grad_entropy_R[:, None]).add_(grad_logprob_R[:, None])
-    grad_RV.mul_(p_RV).neg_()
-    unused_R = (grad_logprob_R == 0) & (grad_entropy_R == 0)
-    return grad_RV.masked_fill_(unused_R[:, None], 0.0)
-
-
 def add_at_(total: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """total[index] += value for 1-D tensors with repeated indices, always summed in the same order.
 
@@ -64,3 +77,89 @@ def add_at_(total: Tensor, index: Tensor, value: Tensor) -> Tensor:
     if total.is_cuda:
         return total.index_put_((index,), value, accumulate=True)
     return total.index_add_(0, index, value)
+
+
+def _capped_(logits_CV: Tensor, bias_V: Tensor | None, transform: Transform, dtype: torch.dtype) -> Tensor:
+    """cap(logit_scale (logits + bias)) in `dtype`: in the logits' memory if that is theirs."""
+    x_CV = logits_CV.to(dtype)
+    if bias_V is not None:
+        x_CV.add_(bias_V)
+    if transform.logit_scale != 1.0:
+        x_CV.mul_(transform.logit_scale)
+    return x_CV if transform.softcap is None else x_CV.div_(transform.softcap).tanh_().mul_(transform.softcap)
+
+
+def _actions_of(actions: Actions, first_row: int, rows: int) -> tuple[slice, Tensor, Tensor | None]:
+    """Actions that may belong to a chunk of rows: (which actions, their row in the chunk, which really belong).
+
+    With `rows_A` all actions are looked at in every chunk, those outside masked: picking them out would need their
+    number on the host.
+    """
+    if actions.rows_A is None:
+        each = actions.per_row
+        row_A = torch.arange(rows * each, device=actions.targets_A.device)
+        return slice(first_row * each, (first_row + rows) * each), row_A if each == 1 else row_A // each, None
+    row_A = actions.rows_A - first_row
+    return slice(None), row_A.clamp(0, rows - 1), (row_A >= 0) & (row_A < rows)
+
+
+def statistics(
+    logits_CV: Tensor,
+    bias_V: Tensor | None,
+    first_row: int,
+    actions: Actions,
+    transform: Transform,
+    out: Statistics,
+    argmax_R: Tensor | None,
+) -> None:
+    """Fill `out` (and argmax_R) for rows first_row, first_row + 1, ..., whose logits these are and may be used up."""
+    rows, vocab = logits_CV.shape
+    chunk = slice(first_row, first_row + rows)
+    z_CV = _capped_(logits_CV, bias_V, transform, out.log_sum_R.dtype)
+    torch.amax(z_CV, -1, out=out.maximum_R[chunk])
+    z_CV.sub_(out.maximum_R[chunk, None])
+    if argmax_R is not None:  # before the temperature: dividing could round two logits to the same value
+        argmax_R[chunk] = z_CV.argmax(-1)
+    z_CV.div_(transform.temperature)
+    which, row_A, inside_A = _actions_of(actions, first_row, rows)
+    z_target_A = z_CV.view(-1)[row_A * vocab + actions.targets_A[which]]
+    out.log_sum_R[chunk], out.entropy_R[chunk] = normalise_(z_CV)
+    found_A = z_target_A - out.log_sum_R[chunk][row_A]
+    out.logprob_A[which] = found_A if inside_A is None else torch.where(inside_A, found_A, out.logprob_A)
+
+
+def gradient(
+    logits_CV: Tensor,
+    grad_CV: Tensor,
+    bias_V: Tensor | None,
+    first_row: int,
+    actions: Actions,
+    transform: Transform,
+    of: Statistics,
+    grad_logprob_A: Tensor,
+    grad_entropy_A: Tensor,
+) -> None:
+    """Fill `grad_CV` (which may be `logits_CV`, used up in any case) with the gradient of the logits.
+
+    A row whose two gradients are 0 gets exactly 0, even if its logits are NaN.
+    """
+    rows, vocab = logits_CV.shape
+    chunk = slice(first_row, first_row + rows)
+    z_CV = _capped_(logits_CV, bias_V, transform, of.log_sum_R.dtype)
+    slope_CV = None if transform.softcap is None else (z_CV / transform.softcap).square_().neg_().add_(1)
+    z_CV.sub_(of.maximum_R[chunk, None]).div_(transform.temperature)
+
+    which, row_A, inside_A = _actions_of(actions, first_row, rows)
+    of_action = [grad_logprob_A[which], grad_entropy_A[which]]
+    if inside_A is not None:
+        of_action = [grad_A.masked_fill(~inside_A, 0.0) for grad_A in of_action]
+    logprob_C1, entropy_C1 = (add_at_(z_CV.new_zeros(rows), row_A, grad_A)[:, None] for grad_A in of_action)
+
+    log_p_CV = z_CV.sub_(of.log_sum_R[chunk, None]).clamp_(min=LOG_ZERO)
+    p_CV = log_p_CV.exp()
+    dz_CV = log_p_CV.add_(of.entropy_R[chunk, None]).mul_(entropy_C1).add_(logprob_C1).mul_(p_CV).neg_()
+    dz_CV.masked_fill_((logprob_C1 == 0) & (entropy_C1 == 0), 0.0)
+    add_at_(dz_CV.view(-1), row_A * vocab + actions.targets_A[which], of_action[0])
+    if slope_CV is not None:  # an entry without gradient has none, even if its slope is NaN
+        dz_CV.mul_(slope_CV.masked_fill_(dz_CV == 0, 0.0))
+    grad_CV.copy_(dz_CV.mul_(transform.logit_scale / transform.temperature))

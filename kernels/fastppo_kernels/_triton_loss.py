@@ -1,13 +1,16 @@
 """The PPO losses as Triton kernels: loss, metrics and gradients of all tokens in one launch, and one that adds them up.
 
 Every program takes one block of tokens, writes their gradients (not yet divided by the denominator, which may be the
-number of actions and is known only at the end) and one row of 16 sums in float64. A single program adds those rows up
-in their order: no atomics, so the same inputs give the same bits.
+number of actions and is known only at the end) and one row of 16 sums. A single program adds those rows up in their
+order: no atomics, so the same inputs give the same bits.
+
+All arithmetic is in float64. The op waits for its launches and for memory, not for arithmetic, and then the sums have no
+error to speak of, and a gradient is rounded once.
 """
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import triton
@@ -15,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configuration import Configuration
-from .kl import MAX_LOG_RATIO, KLEstimator
+from ._triton_math import LIMIT, clamp, exp, expm1_minus, kl_terms
 
-BLOCK = 512
+BLOCK = 256
 _WARPS = 4
 _ROWS = 64  # rows of sums that the finishing program adds at a time
+_DENOMINATORS = (torch.int64, torch.float32, torch.float64)
 COLUMNS = tl.constexpr(16)
 POLICY_METRICS = (
     "count", "ratio_sum", "ratio_max", "clip_fraction_sum", "approx_kl_sum", "policy_loss_sum", "entropy_sum",
@@ -38,30 +42,7 @@ _POINTERS = [
         "dlogprob", "dvalues",
     )
 ]  # fmt: skip
-_K1, _CLAMPED_K1, _K2, _K3 = (tl.constexpr(i) for i in range(1, 5))
-_LIMIT = tl.constexpr(MAX_LOG_RATIO)
-
-
-@triton.jit
-def clamp(x, low, high):
-    """Comparisons rather than min and max, which lose NaN."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
-
-
-@triton.jit
-def exp(x):
-    """exp for |x| <= 100 to float32 rounding, and exactly 1 at 0; the hardware's alone loses a digit at 20."""
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    rest = (x - n * 0.693359375) - n * -2.12194440e-4
-    return tl.exp(rest) * tl.exp2(n)
-
-
-@triton.jit
-def expm1_minus(x):
-    """exp(x) - 1 - x for |x| <= 20: by its series where the difference would lose its digits."""
-    tail = 1 / 5040.0 + x * (1 / 40320.0 + x * (1 / 362880.0 + x * (1 / 3628800.0 + x * (1 / 39916800.0))))
-    series = x * x * (0.5 + x * (1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0 + x * (1 / 720.0 + x * tail)))))
-    return tl.where(tl.abs(x) < 1.0, series, exp(x) - 1.0 - x)
+_kl = kl_terms
 
 
 @triton.jit
@@ -71,60 +52,40 @@ def wins(a, b):
 
 
 @triton.jit
-def _kl(d, KL: tl.constexpr):
-    """A KL estimate and its derivative, of d = logprob - ref_logprob: see `sampled_kl`."""
-    if KL == _K1:
-        return d, tl.where(d == d, 1.0, d)
-    elif KL == _CLAMPED_K1:
-        return tl.where(d < 0, 0.0, d), tl.where(d < 0, 0.0, 1.0)
-    elif KL == _K2:
-        return 0.5 * d * d, d
-    elif KL == _K3:
-        x = clamp(-d, -_LIMIT, _LIMIT)
-        value = expm1_minus(x)
-        return value, tl.where(tl.abs(d) <= _LIMIT, -(value + x), 0.0)
-    else:
-        # One of the two terms is 0; the other is -log((1 + exp(-|d|)) / 2) = -log1p(y) = -2 atanh(s).
-        e = exp(clamp(-tl.abs(d), -100.0, 0.0))
-        # exp(x) - 1 by its own formula near 0, where subtracting would lose the digits.
-        y = 0.5 * tl.where(d * d < 1.0, expm1_minus(-tl.abs(d)) - tl.abs(d), e - 1.0)
-        s = y / (2.0 + y)
-        t = s * s
-        series = 1 + t * (1 / 3.0 + t * (1 / 5.0 + t * (1 / 7.0 + t * (1 / 9.0 + t * (1 / 11.0 + t * (1 / 13.0))))))
-        slope = 0.5 * e / (1.0 + e)
-        return -s * series, tl.where(d > 0, slope, tl.where(d < 0, -slope, 0.0))
+def _add(sums, column: tl.constexpr, values, keep):
+    """Put the sum of the kept values into one column."""
+    return tl.where(tl.arange(0, COLUMNS) == column, tl.sum(tl.where(keep, values, 0.0), axis=0), sums)
 
 
 @triton.jit
-def _add(sums, column: tl.constexpr, values, keep):
-    """Put the sum of the kept values into one column."""
-    total = tl.sum(tl.where(keep, values, 0.0).to(tl.float64), axis=0)
-    return tl.where(tl.arange(0, COLUMNS) == column, total, sums)
+def _load(pointer, offsets, keep):
+    return tl.load(pointer + offsets, mask=keep, other=0.0).to(tl.float64)
 
 
 # Neither lengths nor the alignment of slices of a packed batch may lead to another compilation; loads of neighbouring
-# tokens coalesce in any case.
-@triton.jit(do_not_specialize=["size", "has_entropy"], do_not_specialize_on_alignment=_POINTERS)
+# tokens coalesce in any case. What can be switched at run time is: a branch that all threads take costs nothing here.
+@triton.jit(
+    do_not_specialize=["size", "has_mask", "has_entropy", "kl_kind", "has_value_clip"],
+    do_not_specialize_on_alignment=_POINTERS,
+)
 def _loss_kernel(
     logprob_ptr, old_logprob_ptr, advantages_ptr, entropy_ptr, ref_logprob_ptr,
     values_ptr, old_values_ptr, returns_ptr, mask_ptr, dlogprob_ptr, dvalues_ptr, sums_ptr,
-    size: tl.int64, has_entropy: tl.int32, ratio_low, ratio_high, dual_clip, entropy_coef, kl_coef, value_coef, value_clip,
-    huber_delta,
-    POLICY: tl.constexpr, VALUE: tl.constexpr, MASK: tl.constexpr, KL: tl.constexpr,
-    VALUE_CLIP: tl.constexpr, BLOCK: tl.constexpr,
+    size: tl.int64, has_mask: tl.int32, has_entropy: tl.int32, kl_kind: tl.int32, has_value_clip: tl.int32,
+    ratio_low: tl.float64, ratio_high: tl.float64, dual_clip: tl.float64, entropy_coef: tl.float64, kl_coef: tl.float64,
+    value_coef: tl.float64, value_clip: tl.float64, huber_delta: tl.float64,
+    POLICY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
-    keep = inside
-    if MASK:
-        keep = inside & (tl.load(mask_ptr + offsets, mask=inside, other=0) != 0)
-    one = tl.where(keep, 1.0, 0.0)
+    keep = inside & (tl.load(mask_ptr + offsets, mask=inside & (has_mask != 0), other=1) != 0)
+    one = tl.full([BLOCK], 1.0, tl.float64)
     sums = tl.zeros([COLUMNS], dtype=tl.float64)
     if POLICY:
-        new = tl.load(logprob_ptr + offsets, mask=keep, other=0.0).to(tl.float32)
-        old = tl.load(old_logprob_ptr + offsets, mask=keep, other=0.0).to(tl.float32)
-        advantage = tl.load(advantages_ptr + offsets, mask=keep, other=0.0).to(tl.float32)
-        log_ratio = clamp(new - old, -_LIMIT, _LIMIT)
+        new = _load(logprob_ptr, offsets, keep)
+        advantage = _load(advantages_ptr, offsets, keep)
+        difference = new - _load(old_logprob_ptr, offsets, keep)
+        log_ratio = clamp(difference, -LIMIT, LIMIT)
         ratio = exp(log_ratio)
         bounded = clamp(ratio, ratio_low, ratio_high)
         unclipped = -advantage * ratio
@@ -139,59 +100,53 @@ def _loss_kernel(
         was_clipped = was_clipped | (bad & (surrogate > bound))
         share *= tl.where(bad, wins(bound, surrogate), 1.0)
         surrogate = tl.where(bad & (bound < surrogate), bound, surrogate)
-        share = tl.where(tl.abs(new - old) <= _LIMIT, share, 0.0)
-        gradient = -advantage * ratio * share
-        loss = surrogate
+        gradient = tl.where(tl.abs(difference) <= LIMIT, unclipped * share, 0.0)
         sums = _add(sums, 0, one, keep)
         sums = _add(sums, 1, ratio, keep)
-        largest = tl.max(tl.where(keep, ratio, 0.0), axis=0).to(tl.float64)
-        sums = tl.where(tl.arange(0, COLUMNS) == 2, largest, sums)
-        sums = _add(sums, 3, tl.where(was_clipped, 1.0, 0.0), keep)
+        sums = tl.where(tl.arange(0, COLUMNS) == 2, tl.max(tl.where(keep, ratio, 0.0), axis=0), sums)
+        sums = _add(sums, 3, tl.where(was_clipped, one, 0.0), keep)
         sums = _add(sums, 4, expm1_minus(log_ratio), keep)
         sums = _add(sums, 5, surrogate, keep)
-        entropy = tl.load(entropy_ptr + offsets, mask=keep & (has_entropy != 0), other=0.0).to(tl.float32)
+        entropy = _load(entropy_ptr, offsets, keep & (has_entropy != 0))
         sums = _add(sums, 6, entropy, keep)
-        loss -= tl.where(entropy_coef == 0, 0.0, entropy_coef * entropy)
-        if KL:
-            reference = tl.load(ref_logprob_ptr + offsets, mask=keep, other=0.0).to(tl.float32)
-            kl, slope = _kl(new - reference, KL)
+        loss = surrogate - tl.where(entropy_coef == 0, 0.0, entropy_coef * entropy)
+        if kl_kind != 0:
+            kl, slope = kl_terms(new - _load(ref_logprob_ptr, offsets, keep), kl_kind)
             sums = _add(sums, 7, kl, keep)
             loss += tl.where(kl_coef == 0, 0.0, kl_coef * kl)
             gradient += tl.where(kl_coef == 0, 0.0, kl_coef * slope)
         sums = _add(sums, 8, loss, keep)
-        tl.store(dlogprob_ptr + offsets, tl.where(keep, gradient, 0.0), mask=inside)
+        tl.store(dlogprob_ptr + offsets, tl.where(keep, gradient, 0.0).to(tl.float32), mask=inside)
     if VALUE:
-        value = tl.load(values_ptr + offsets, mask=keep, other=0.0).to(tl.float32)
-        target = tl.load(returns_ptr + offsets, mask=keep, other=0.0).to(tl.float32)
+        value = _load(values_ptr, offsets, keep)
+        target = _load(returns_ptr, offsets, keep)
         error = value - target
         slope = clamp(error, -huber_delta, huber_delta)
         value_loss = slope * (error - 0.5 * slope)
-        if VALUE_CLIP:
-            old_value = tl.load(old_values_ptr + offsets, mask=keep, other=0.0).to(tl.float32)
+        if has_value_clip != 0:
+            old_value = _load(old_values_ptr, offsets, keep)
             moved = value - old_value
             clipped_error = old_value + clamp(moved, -value_clip, value_clip) - target
             clipped_slope = clamp(clipped_error, -huber_delta, huber_delta)
             clipped_loss = clipped_slope * (clipped_error - 0.5 * clipped_slope)
             share = wins(clipped_loss, value_loss)
             slope = (1.0 - share) * slope + tl.where(tl.abs(moved) <= value_clip, share * clipped_slope, 0.0)
-            value_was_clipped = clipped_loss > value_loss
-            value_loss = tl.where(value_was_clipped, clipped_loss, value_loss)
-            sums = _add(sums, 11, tl.where(value_was_clipped, 1.0, 0.0), keep)
-        error = target - value
+            sums = _add(sums, 11, tl.where(clipped_loss > value_loss, one, 0.0), keep)
+            value_loss = tl.where(clipped_loss > value_loss, clipped_loss, value_loss)
         sums = _add(sums, 9, one, keep)
         sums = _add(sums, 10, value_loss, keep)
-        sums = _add(sums, 12, error, keep)
-        sums = _add(sums, 13, error.to(tl.float64) * error.to(tl.float64), keep)
+        sums = _add(sums, 12, -error, keep)
+        sums = _add(sums, 13, error * error, keep)
         sums = _add(sums, 14, target, keep)
-        sums = _add(sums, 15, target.to(tl.float64) * target.to(tl.float64), keep)
-        tl.store(dvalues_ptr + offsets, tl.where(keep, value_coef * slope, 0.0), mask=inside)
+        sums = _add(sums, 15, target * target, keep)
+        tl.store(dvalues_ptr + offsets, tl.where(keep, value_coef * slope, 0.0).to(tl.float32), mask=inside)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS), sums)
 
 
-@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["denominator_ptr"])
+@triton.jit(do_not_specialize=["blocks", "has_denominator"], do_not_specialize_on_alignment=["denominator_ptr"])
 def _finish_kernel(
-    sums_ptr, denominator_ptr, loss_ptr, scale_ptr, metrics_ptr, blocks: tl.int64, denominator: tl.float64,
-    value_coef: tl.float64, POLICY: tl.constexpr, DENOMINATOR_TENSOR: tl.constexpr, ROWS: tl.constexpr,
+    sums_ptr, denominator_ptr, loss_ptr, scale_ptr, metrics_ptr, blocks: tl.int64, has_denominator: tl.int32,
+    denominator: tl.float64, value_coef: tl.float64, ROWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], dtype=tl.float64)
@@ -204,18 +159,28 @@ def _finish_kernel(
     # A maximum passes over NaN, the sum of the ratios does not.
     ratio_sum = tl.sum(tl.where(column == 1, total, 0.0), axis=0)
     total = tl.where(column == 2, tl.where(ratio_sum == ratio_sum, largest, ratio_sum), total)
-    loss = value_coef * tl.sum(tl.where(column == 10, total, 0.0), axis=0)
-    count = tl.sum(tl.where(column == 9, total, 0.0), axis=0)
-    if POLICY:
-        loss += tl.sum(tl.where(column == 8, total, 0.0), axis=0)
-        count = tl.sum(tl.where(column == 0, total, 0.0), axis=0)
-    if DENOMINATOR_TENSOR:
-        divisor = tl.load(denominator_ptr).to(tl.float64)
-    else:  # 0: the number of actions
-        divisor = tl.where(denominator == 0, tl.maximum(count, 1.0), denominator)
+    # What is not asked for is 0 in every column of its own.
+    loss = tl.sum(tl.where(column == 8, total, 0.0), axis=0) + value_coef * tl.sum(tl.where(column == 10, total, 0.0), axis=0)
+    count = tl.max(tl.where((column == 0) | (column == 9), total, 0.0), axis=0)
+    of_tensor = tl.load(denominator_ptr, mask=has_denominator != 0, other=0).to(tl.float64)
+    of_number = tl.where(denominator == 0, tl.maximum(count, 1.0), denominator)  # 0: the number of actions
+    divisor = tl.where(has_denominator != 0, of_tensor, of_number)
     tl.store(loss_ptr, (loss / divisor).to(tl.float32))
     tl.store(scale_ptr, (1.0 / divisor).to(tl.float32))
     tl.store(metrics_ptr + column, total)
+
+
+def _of_one_dtype(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Contiguous; as they are where their dtypes agree, else float32: a kernel for every mixture would be many."""
+    mixed = len({tensor.dtype for tensor in tensors if tensor is not None}) > 1
+    return [None if tensor is None else (tensor.float() if mixed else tensor).contiguous() for tensor in tensors]
+
+
+def mask_bytes(mask: Tensor | None, unused: Tensor) -> Tensor:
+    """A mask as the kernels read it: bytes, whatever integers it was; for None the memory of any other tensor."""
+    if mask is None:
+        return unused.view(torch.uint8)
+    return (mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0).contiguous().view(torch.uint8)
 
 
 @torch.library.custom_op("fastppo_kernels::ppo_loss", mutates_args=())
@@ -254,35 +219,32 @@ def ppo_loss(
     loss, scale, dlogprob, dvalues = _outputs(like, logprob is not None, values is not None)
     sums = like.new_empty(blocks, COLUMNS.value, dtype=torch.float64)
     metrics = like.new_empty(COLUMNS.value, dtype=torch.float64)
-    inputs = [logprob, old_logprob, advantages, entropy, ref_logprob, values, old_values, returns]
-    # A pointer that the kernel does not read takes any tensor.
-    flat = [like if tensor is None else tensor.contiguous() for tensor in inputs]
-    words = like if mask is None else mask.contiguous()
-    if words.dtype == torch.bool:
-        words = words.view(torch.uint8)
+    inputs = _of_one_dtype([logprob, old_logprob, advantages, entropy, ref_logprob, values, old_values, returns])
+    # A pointer that the kernel does not read takes any tensor of its dtype.
+    like = next(tensor for tensor in inputs if tensor is not None)
+    flat = [like if tensor is None else tensor for tensor in inputs]
+    if denominator_tensor is None:
+        divisor = metrics
+    else:
+        divisor = denominator_tensor if denominator_tensor.dtype in _DENOMINATORS else denominator_tensor.double()
     with torch.cuda.device_of(like):
         if blocks:
             _loss_kernel[(blocks,)](
-                *flat, words, dlogprob, dvalues, sums, like.numel(), int(entropy is not None), 1.0 - clip_low,
-                1.0 + clip_high, dual_clip, entropy_coef, kl_coef, value_coef, value_clip, huber_delta,
-                POLICY=logprob is not None, VALUE=values is not None, MASK=mask is not None,
-                KL=kl_estimator if ref_logprob is not None else 0, VALUE_CLIP=value_clip != float("inf"), BLOCK=BLOCK,
-                num_warps=_WARPS,
+                *flat, mask_bytes(mask, sums), dlogprob, dvalues, sums, like.numel(), int(mask is not None),
+                int(entropy is not None), kl_estimator if ref_logprob is not None else 0, int(value_clip != float("inf")),
+                1.0 - clip_low, 1.0 + clip_high, dual_clip, entropy_coef, kl_coef, value_coef, value_clip, huber_delta,
+                POLICY=logprob is not None, VALUE=values is not None, BLOCK=BLOCK, num_warps=_WARPS,
             )  # fmt: skip
         _finish_kernel[(1,)](
-            sums, sums if denominator_tensor is None else denominator_tensor, loss, scale, metrics, blocks,
-            denominator, value_coef if values is not None else 0.0,
-            POLICY=logprob is not None, DENOMINATOR_TENSOR=denominator_tensor is not None, ROWS=_ROWS,
-            num_warps=_WARPS,
+            sums, divisor, loss, scale, metrics, blocks, int(denominator_tensor is not None), denominator, value_coef,
+            ROWS=_ROWS, num_warps=_WARPS,
         )  # fmt: skip
     return loss, metrics, dlogprob, dvalues, scale
 
 
 def _outputs(like: Tensor, policy: bool, value: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, scale = like.new_empty((), dtype=torch.float32), like.new_empty((), dtype=torch.float32)
-    dlogprob, dvalues = (
-        like.new_empty(like.shape if there else (0,), dtype=torch.float32) for there in (policy, value)
-    )
+    dlogprob, dvalues = (like.new_empty(like.shape if there else (0,), dtype=torch.float32) for there in (policy, value))
     return loss, scale, dlogprob, dvalues
 
 
@@ -326,24 +288,20 @@ ppo_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def configurations() -> Iterator[Configuration]:
-    """What `ppo_loss` can choose where the per-token inputs have one dtype and the mask is bool."""
-    pointers = [name for name in _loss_kernel.arg_names if name.endswith("_ptr")]
+    """Everything that `ppo_loss` can choose."""
     numbers = ("ratio_low", "ratio_high", "dual_clip", "entropy_coef", "kl_coef", "value_coef", "value_clip", "huber_delta")
-    written = {"mask_ptr": "*u8", "dlogprob_ptr": "*fp32", "dvalues_ptr": "*fp32", "sums_ptr": "*fp64"}
-    kinds = [("policy", True, False, False), ("value", False, True, False), ("clipped value", False, True, True)]
-    kinds += [("policy, value", True, True, False), ("policy, clipped value", True, True, True)]
-    for dtype, mask, (kind, policy, value, clip) in product(("fp32", "bf16", "fp16"), (False, True), kinds):
-        signature = {name: written.get(name, f"*{dtype}") for name in pointers} | dict.fromkeys(numbers, "fp32")
-        signature |= {"size": "i64", "has_entropy": "i32"}
-        for kl, estimator in enumerate(("no kl", *get_args(KLEstimator)) if policy else ("",)):
-            constants = {"POLICY": policy, "VALUE": value, "MASK": mask, "KL": kl, "VALUE_CLIP": clip, "BLOCK": BLOCK}
-            name = f"ppo_loss {dtype} {kind}, {f'{estimator}, ' if policy else ''}{'mask' if mask else 'no mask'}"
-            yield Configuration(name, _loss_kernel, signature, constants, _WARPS, 3)
-    signature = {"sums_ptr": "*fp64", "loss_ptr": "*fp32", "scale_ptr": "*fp32", "metrics_ptr": "*fp64"}
-    signature |= {"blocks": "i64", "denominator": "fp64", "value_coef": "fp64"}
-    for policy, denominator in product((False, True), ("number", "i64", "fp32", "fp64")):
-        of_tensor = denominator != "number"
-        types = signature | {"denominator_ptr": f"*{denominator}" if of_tensor else "*fp64"}
-        constants = {"POLICY": policy, "DENOMINATOR_TENSOR": of_tensor, "ROWS": _ROWS}
-        name = f"ppo_loss, finish, {'policy' if policy else 'value'}, denominator {denominator}"
-        yield Configuration(name, _finish_kernel, types, constants, _WARPS, 3)
+    flags = ("has_mask", "has_entropy", "kl_kind", "has_value_clip")
+    types = {"mask_ptr": "*u8", "dlogprob_ptr": "*fp32", "dvalues_ptr": "*fp32", "sums_ptr": "*fp64", "size": "i64"}
+    types |= dict.fromkeys(numbers, "fp64") | dict.fromkeys(flags, "i32")
+    kinds = {"policy": (True, False), "value": (False, True), "policy and value": (True, True)}
+    for dtype, (kind, (policy, value)) in product(("fp32", "bf16", "fp16"), kinds.items()):
+        constants = {"POLICY": policy, "VALUE": value, "BLOCK": BLOCK}
+        signature = {name: types.get(name, f"*{dtype}") for name in _loss_kernel.arg_names if name not in constants}
+        yield Configuration(f"ppo_loss {dtype} {kind}", _loss_kernel, signature, constants, _WARPS, 3)
+    signature = {"sums_ptr": "*fp64", "loss_ptr": "*fp32", "scale_ptr": "*fp32", "metrics_ptr": "*fp64", "blocks": "i64"}
+    signature |= {"has_denominator": "i32", "denominator": "fp64", "value_coef": "fp64"}
+    for dtype in ("i64", "fp32", "fp64"):
+        denominator = {"denominator_ptr": f"*{dtype}"}
+        yield Configuration(
+            f"ppo_loss, finish, denominator {dtype}", _finish_kernel, signature | denominator, {"ROWS": _ROWS}, _WARPS, 3
+        )

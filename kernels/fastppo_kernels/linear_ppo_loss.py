@@ -1,15 +1,17 @@
 """The LM head, the log-probabilities after it and PPO's policy loss of them in one operation."""
 
+import math
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_float, check_mask, check_number, check_shape
-from ._dispatch import Backend, use_triton
+from . import _head_ops
+from ._checks import check_device, check_float, check_mask, check_mask_argument, check_shape
+from ._dispatch import Backend
 from .kl import KLEstimator
-from .linear_logprob import check_head, linear_logprob
-from .ppo_loss import ppo_policy_loss
+from .linear_logprob import checked_head
+from .ppo_loss import check_denominator, check_policy_settings, ppo_policy_loss
 
 
 def linear_ppo_loss(
@@ -21,6 +23,9 @@ def linear_ppo_loss(
     *,
     rows_A: Tensor | None = None,
     bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    lora_scale: float = 1.0,
     mask: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -45,29 +50,37 @@ def linear_ppo_loss(
     of single rows.
 
     Args:
-        hidden_RH, weight_VH, targets_A, rows_A, bias, temperature, softcap, logit_scale, chunk_rows, logits_dtype: as in
-            `linear_logprob`.
+        hidden_RH, weight_VH, targets_A, rows_A, bias, lora_A, lora_B, lora_scale, temperature, softcap, logit_scale,
+            chunk_rows, logits_dtype: as in `linear_logprob`.
         old_logprob_A, advantages_A, and mask, ref_logprob where given: [A]; these and clip_low, clip_high, dual_clip,
             entropy_coef, kl_coef, kl_estimator, denominator: as in `ppo_policy_loss`.
         backend: as in `linear_logprob`.
 
     Returns:
         (loss, metrics, logprob_A, entropy_A): loss 0-d float32 (float64 for a float64 head), differentiable once, in the
-        hidden state, the weight and the bias; each gradient is made only where it is required, and none of them where
-        gradients are off. metrics as in `ppo_policy_loss`. logprob_A and entropy_A [A] are detached; masked actions have
-        theirs, too.
+        hidden state, the weight, the bias and the adapter; each gradient is made only where it is required, and none of them
+        where gradients are off. metrics as in `ppo_policy_loss`. logprob_A and entropy_A [A] are detached; masked actions
+        have theirs, too.
 
     Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    head_dtype = check_head(
-        hidden_RH, weight_VH, targets_A, rows_A, bias, temperature, softcap, logit_scale, chunk_rows, logits_dtype
-    )
-    if not use_triton(hidden_RH, backend) or weight_VH.dtype == torch.float64:
-        logprob_A, entropy_A = linear_logprob(
-            hidden_RH, weight_VH, targets_A, rows_A=rows_A, bias=bias, temperature=temperature, softcap=softcap,
-            logit_scale=logit_scale, chunk_rows=chunk_rows, logits_dtype=logits_dtype, backend="torch",
-        )  # fmt: skip
+    head = checked_head(
+        hidden_RH, weight_VH, targets_A, rows_A, bias, lora_A, lora_B, lora_scale, temperature, softcap, logit_scale,
+        chunk_rows, logits_dtype,
+    )  # fmt: skip
+    constants = {"old_logprob": old_logprob_A, "advantages": advantages_A, "ref_logprob": ref_logprob}
+    check_mask_argument(mask, "targets", targets_A)
+    for name, tensor in constants.items():
+        if tensor is not None:
+            check_float(name, tensor)
+            check_shape(name, tensor, tuple(targets_A.shape), "that of targets")
+            check_device(name, tensor, "targets", targets_A)
+    settings = (clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    check_policy_settings(*settings, ref_logprob)
+    check_denominator(denominator, targets_A)
+    if not head.use_triton(backend):
+        logprob_A, entropy_A = _head_ops.linear_logprob(*head, False, False)[:2]
         loss, metrics = ppo_policy_loss(
             logprob_A, old_logprob_A, advantages_A, mask=mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
             entropy=entropy_A, entropy_coef=entropy_coef, ref_logprob=ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator,
@@ -76,46 +89,21 @@ def linear_ppo_loss(
         return loss, metrics, logprob_A.detach(), entropy_A.detach()
 
     mask_A = check_mask(mask, "targets", targets_A)
-    constants = {"old_logprob": old_logprob_A, "advantages": advantages_A, "ref_logprob": ref_logprob}
-    for name, tensor in constants.items():
-        if tensor is not None:
-            check_float(name, tensor)
-            check_shape(name, tensor, tuple(targets_A.shape), "that of targets")
-            check_device(name, tensor, "targets", targets_A)
-    check_number("clip_low", clip_low, at_least=0, at_most=1)
-    check_number("clip_high", clip_high, at_least=0)
-    check_number("entropy_coef", entropy_coef)
-    check_number("kl_coef", kl_coef)
-    if dual_clip is not None:
-        check_number("dual_clip", dual_clip, above=1)
-    if kl_coef and ref_logprob is None:
-        raise ValueError(f"ref_logprob must be given for kl_coef {kl_coef!r}, got None")
-    if kl_estimator not in get_args(KLEstimator):
-        raise ValueError(f"estimator must be one of {', '.join(get_args(KLEstimator))}, got {kl_estimator!r}")
     if isinstance(denominator, Tensor):
-        check_shape("denominator", denominator, (), "one number")
-        check_device("denominator", denominator, "the inputs", hidden_RH)
         count = denominator.detach().float()
     elif denominator is not None:
-        check_number("denominator", denominator, above=0)
-        count = torch.full((), denominator, dtype=torch.float32, device=hidden_RH.device)
+        count = torch.full((), denominator, dtype=torch.float32, device=targets_A.device)
     else:
         count = mask_A.sum().clamp(min=1).float()
-
-    from . import _head_ops
-    from ._triton_head import METRICS
-
     old, advantages, reference = (None if t is None else t.detach().float().contiguous() for t in constants.values())
     assert old is not None and advantages is not None
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_RH, weight_VH, bias)]
-    cap, dual = (None if number is None else float(number) for number in (softcap, dual_clip))
+    numbers = [float(x) for x in (clip_low, clip_high, math.inf if dual_clip is None else dual_clip, entropy_coef, kl_coef)]
+    kl_kind = 1 + get_args(KLEstimator).index(kl_estimator)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head[:5]]
     loss, sums, logprob_A, entropy_A, *_ = _head_ops.linear_ppo_loss(
-        hidden_RH, weight_VH, bias, targets_A.long().contiguous(), None if rows_A is None else rows_A.long(), old, advantages,
-        mask_A.contiguous().view(torch.uint8), reference, count, float(temperature), cap, float(logit_scale), float(clip_low),
-        float(clip_high), dual, float(entropy_coef), float(kl_coef), 1 + get_args(KLEstimator).index(kl_estimator), chunk_rows,
-        head_dtype, needs,
-    )  # fmt: skip
-    metrics = dict(zip(METRICS, sums.detach().unbind(), strict=True))
+        *head, old, advantages, mask_A.contiguous().view(torch.uint8), reference, count, numbers, kl_kind, needs
+    )
+    metrics = dict(zip(_head_ops.METRICS, sums.detach().unbind(), strict=True))
     if ref_logprob is None:
         del metrics["kl_ref_sum"]
     return loss, metrics, logprob_A.detach(), entropy_A.detach()

@@ -11,7 +11,7 @@ micro-batches' losses and gradients then add up to the mini-batch's. Metrics add
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,38 @@ from ._dispatch import Backend, use_triton
 from .kl import MAX_LOG_RATIO, KLEstimator, sampled_kl
 
 
-def _check_tokens(like_name: str, like: Tensor, mask: Tensor | None, **tensors: Tensor | None) -> None:
+class _PolicySettings(NamedTuple):
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+
+
+class _Policy(NamedTuple):
+    """Inputs and settings of `ppo_policy_loss`."""
+
+    logprob: Tensor
+    old_logprob: Tensor
+    advantages: Tensor
+    entropy: Tensor | None
+    ref_logprob: Tensor | None
+    settings: _PolicySettings
+
+
+class _Value(NamedTuple):
+    """Inputs and settings of `ppo_value_loss`; clip_name is what its caller calls `clip`."""
+
+    values: Tensor
+    old_values: Tensor | None
+    returns: Tensor
+    clip: float | None
+    huber_delta: float | None
+    clip_name: str
+
+
+def check_tokens(like_name: str, like: Tensor, mask: Tensor | None, **tensors: Tensor | None) -> None:
     """Raise unless all per-token inputs that are given have the shape and device of the first."""
     check_float(like_name, like)
     check_mask_argument(mask, like_name, like)
@@ -40,46 +71,126 @@ def _check_tokens(like_name: str, like: Tensor, mask: Tensor | None, **tensors: 
             check_device(name, tensor, like_name, like)
 
 
-def _check_policy(
-    *,
+def check_policy_settings(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-    entropy: Tensor | None,
     entropy_coef: float,
-    ref_logprob: Tensor | None,
     kl_coef: float,
     kl_estimator: KLEstimator,
+    ref_logprob: Tensor | None,
 ) -> None:
+    """Raise unless the settings are as `ppo_policy_loss` says (`ref_logprob`: whether there is one)."""
     check_number("clip_low", clip_low, at_least=0, at_most=1)
     check_number("clip_high", clip_high, at_least=0)
     check_number("entropy_coef", entropy_coef)
     check_number("kl_coef", kl_coef)
     if dual_clip is not None:
         check_number("dual_clip", dual_clip, above=1)
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy must be given for entropy_coef {entropy_coef!r}, got None")
     if kl_coef and ref_logprob is None:
         raise ValueError(f"ref_logprob must be given for kl_coef {kl_coef!r}, got None")
     if kl_estimator not in get_args(KLEstimator):
-        raise ValueError(f"estimator must be one of {', '.join(get_args(KLEstimator))}, got {kl_estimator!r}")
+        raise ValueError(f"kl_estimator must be one of {', '.join(get_args(KLEstimator))}, got {kl_estimator!r}")
 
 
-def _check_value(old_values: Tensor | None, clip: float | None, huber_delta: float | None) -> None:
-    if clip is not None:
-        check_number("clip", clip, above=0)
-        if old_values is None:
-            raise ValueError(f"old_values must be given for clip {clip!r}, got None")
-    if huber_delta is not None:
-        check_number("huber_delta", huber_delta, above=0)
-
-
-def _check_denominator(denominator: float | Tensor | None, like: Tensor) -> None:
+def check_denominator(denominator: float | Tensor | None, like: Tensor) -> None:
+    """Raise unless `denominator` is None, a number > 0, or a 0-d tensor on the device of `like`."""
     if isinstance(denominator, Tensor):
         check_shape("denominator", denominator, (), "one number")
         check_device("denominator", denominator, "the inputs", like)
     elif denominator is not None:
         check_number("denominator", denominator, above=0)
+
+
+def _check(policy: _Policy | None, value: _Value | None, value_coef: float, mask: Tensor | None) -> None:
+    if policy is not None:
+        check_tokens(
+            "logprob", policy.logprob, mask, old_logprob=policy.old_logprob, advantages=policy.advantages,
+            entropy=policy.entropy, ref_logprob=policy.ref_logprob,
+        )  # fmt: skip
+        check_policy_settings(*policy.settings, ref_logprob=policy.ref_logprob)
+        if policy.settings.entropy_coef and policy.entropy is None:
+            raise ValueError(f"entropy must be given for entropy_coef {policy.settings.entropy_coef!r}, got None")
+    if value is not None:
+        name, like = ("values", value.values) if policy is None else ("logprob", policy.logprob)
+        check_tokens(name, like, mask, values=value.values, old_values=value.old_values, returns=value.returns)
+        check_number("value_coef", value_coef)
+        if value.clip is not None:
+            check_number(value.clip_name, value.clip, above=0)
+            if value.old_values is None:
+                raise ValueError(f"old_values must be given for {value.clip_name} {value.clip!r}, got None")
+        if value.huber_delta is not None:
+            check_number("huber_delta", value.huber_delta, above=0)
+
+
+def _loss(
+    policy: _Policy | None,
+    value: _Value | None,
+    value_coef: float,
+    mask: Tensor | None,
+    denominator: float | Tensor | None,
+    backend: Backend | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy's loss + value_coef times the value's, or the one that is given."""
+    _check(policy, value, value_coef, mask)
+    differentiable = [policy.logprob] if policy is not None else []
+    differentiable += [value.values] if value is not None else []
+    like = differentiable[0]
+    check_denominator(denominator, like)
+    if use_triton(like, backend) and all(tensor.dtype != torch.float64 for tensor in differentiable):
+        return _triton_form(policy, value, value_coef, mask, denominator)
+    mask = check_mask(mask, "logprob", like)
+    count = mask.sum().clamp(min=1) if denominator is None else denominator
+    if policy is None:
+        assert value is not None
+        return _torch_value(value, mask, count)
+    policy_loss, policy_metrics = _torch_policy(policy, mask, count)
+    if value is None:
+        return policy_loss, policy_metrics
+    value_loss, value_metrics = _torch_value(value, mask, count)
+    return policy_loss + value_coef * value_loss, policy_metrics | value_metrics
+
+
+def _triton_form(
+    policy: _Policy | None,
+    value: _Value | None,
+    value_coef: float,
+    mask: Tensor | None,
+    denominator: float | Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    from . import _triton_loss as triton_loss
+
+    policy_tensors = [None] * 5 if policy is None else _constant(policy[:5], of=(1, 2, 4))
+    value_tensors = [None] * 3 if value is None else _constant(value[:3], of=(1, 2))
+    low, high, dual, entropy_coef, kl_coef, estimator = _PolicySettings() if policy is None else policy.settings
+    clip, huber_delta = (None, None) if value is None else (value.clip, value.huber_delta)
+    of_tensor = isinstance(denominator, Tensor)
+    loss, sums, *_ = triton_loss.ppo_loss(
+        *policy_tensors, *value_tensors, mask, denominator if of_tensor else None,
+        0.0 if of_tensor or denominator is None else float(denominator), float(low), float(high), _or_inf(dual),
+        float(entropy_coef), float(kl_coef), 1 + get_args(KLEstimator).index(estimator), float(value_coef),
+        _or_inf(clip), _or_inf(huber_delta),
+    )  # fmt: skip
+    columns = sums.detach().unbind()
+    metrics: dict[str, Tensor] = {}
+    if policy is not None:
+        metrics |= zip(triton_loss.POLICY_METRICS, columns[: triton_loss.VALUE_START], strict=False)
+        if policy.entropy is None:
+            del metrics["entropy_sum"]
+        if policy.ref_logprob is None:
+            del metrics["kl_ref_sum"]
+    if value is not None:
+        metrics |= zip(triton_loss.VALUE_METRICS, columns[triton_loss.VALUE_START :], strict=True)
+    return loss, metrics
+
+
+def _constant(tensors: Sequence[Tensor | None], of: tuple[int, ...]) -> list[Tensor | None]:
+    """The tensors, those at the places `of` detached."""
+    return [t.detach() if t is not None and i in of else t for i, t in enumerate(tensors)]
+
+
+def _or_inf(number: float | None) -> float:
+    return math.inf if number is None else float(number)
 
 
 def _token(tensor: Tensor, dtype: torch.dtype, mask: Tensor) -> Tensor:
@@ -144,35 +255,25 @@ def ppo_policy_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    _check_tokens(
-        "logprob", logprob, mask, old_logprob=old_logprob, advantages=advantages, entropy=entropy, ref_logprob=ref_logprob
-    )
-    _check_policy(
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, entropy=entropy, entropy_coef=entropy_coef,
-        ref_logprob=ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator,
-    )  # fmt: skip
-    _check_denominator(denominator, logprob)
-    if use_triton(logprob, backend) and logprob.dtype != torch.float64:
-        return _fused(
-            logprob=logprob, old_logprob=old_logprob, advantages=advantages, entropy=entropy, ref_logprob=ref_logprob,
-            mask=mask, denominator=denominator, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-            entropy_coef=entropy_coef, kl_coef=kl_coef, kl_estimator=kl_estimator,
-        )  # fmt: skip
+    settings = _PolicySettings(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    policy = _Policy(logprob, old_logprob, advantages, entropy, ref_logprob, settings)
+    return _loss(policy, None, 1.0, mask, denominator, backend)
 
-    mask, dtype = check_mask(mask, "logprob", logprob), accumulate_dtype(logprob.dtype)
-    count = mask.sum().clamp(min=1) if denominator is None else denominator
-    new = _token(logprob, dtype, mask)
-    old = _token(old_logprob, dtype, mask).detach()
-    advantage = _token(advantages, dtype, mask).detach()
+
+def _torch_policy(policy: _Policy, mask: Tensor, count: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    dtype, settings = accumulate_dtype(policy.logprob.dtype), policy.settings
+    new = _token(policy.logprob, dtype, mask)
+    old = _token(policy.old_logprob, dtype, mask).detach()
+    advantage = _token(policy.advantages, dtype, mask).detach()
 
     log_ratio = (new - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     unclipped = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = -advantage * ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     surrogate = torch.maximum(unclipped, clipped)
     was_clipped = clipped > unclipped
-    if dual_clip is not None:
-        bound = -advantage * dual_clip
+    if settings.dual_clip is not None:
+        bound = -advantage * settings.dual_clip
         was_clipped = was_clipped | ((advantage < 0) & (surrogate > bound))
         surrogate = torch.where(advantage < 0, torch.minimum(surrogate, bound), surrogate)
     metrics = {
@@ -184,17 +285,17 @@ def ppo_policy_loss(
         "policy_loss_sum": _sum(surrogate, mask),
     }
     per_token = surrogate
-    if entropy is not None:
-        entropy = _token(entropy, dtype, mask)
+    if policy.entropy is not None:
+        entropy = _token(policy.entropy, dtype, mask)
         metrics["entropy_sum"] = _sum(entropy, mask)
-        if entropy_coef:
-            per_token = per_token - entropy_coef * entropy
-    if ref_logprob is not None:
-        reference = _token(ref_logprob, dtype, mask).detach()
-        kl = sampled_kl(new, reference, kl_estimator)
+        if settings.entropy_coef:
+            per_token = per_token - settings.entropy_coef * entropy
+    if policy.ref_logprob is not None:
+        reference = _token(policy.ref_logprob, dtype, mask).detach()
+        kl = sampled_kl(new, reference, settings.kl_estimator)
         metrics["kl_ref_sum"] = _sum(kl, mask)
-        if kl_coef:
-            per_token = per_token + kl_coef * kl
+        if settings.kl_coef:
+            per_token = per_token + settings.kl_coef * kl
     return torch.where(mask, per_token, 0.0).sum() / count, metrics
 
 
@@ -240,24 +341,19 @@ def ppo_value_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    _check_tokens("values", values, mask, old_values=old_values, returns=returns)
-    _check_value(old_values, clip, huber_delta)
-    _check_denominator(denominator, values)
-    if use_triton(values, backend) and values.dtype != torch.float64:
-        return _fused(
-            values=values, old_values=old_values, returns=returns, mask=mask, denominator=denominator, value_clip=clip,
-            huber_delta=huber_delta,
-        )  # fmt: skip
+    value = _Value(values, old_values, returns, clip, huber_delta, "clip")
+    return _loss(None, value, 1.0, mask, denominator, backend)
 
-    mask, dtype = check_mask(mask, "values", values), accumulate_dtype(values.dtype)
-    count = mask.sum().clamp(min=1) if denominator is None else denominator
-    value = _token(values, dtype, mask)
-    target = _token(returns, dtype, mask).detach()
+
+def _torch_value(inputs: _Value, mask: Tensor, count: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    dtype, clip, huber_delta = accumulate_dtype(inputs.values.dtype), inputs.clip, inputs.huber_delta
+    value = _token(inputs.values, dtype, mask)
+    target = _token(inputs.returns, dtype, mask).detach()
     per_token = _penalty(value - target, huber_delta)
     was_clipped = torch.zeros_like(mask)
     if clip is not None:
-        assert old_values is not None
-        old = _token(old_values, dtype, mask).detach()
+        assert inputs.old_values is not None
+        old = _token(inputs.old_values, dtype, mask).detach()
         clipped = _penalty(old + (value - old).clamp(-clip, clip) - target, huber_delta)
         was_clipped = clipped > per_token
         per_token = torch.maximum(per_token, clipped)
@@ -308,84 +404,10 @@ def ppo_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    check_number("value_coef", value_coef)
-    _check_tokens(
-        "logprob", logprob, mask, old_logprob=old_logprob, advantages=advantages, entropy=entropy,
-        ref_logprob=ref_logprob, values=values, old_values=old_values, returns=returns,
-    )  # fmt: skip
-    if not use_triton(logprob, backend) or torch.float64 in (logprob.dtype, values.dtype):
-        policy_loss, policy_metrics = ppo_policy_loss(
-            logprob, old_logprob, advantages, mask=mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-            entropy=entropy, entropy_coef=entropy_coef, ref_logprob=ref_logprob, kl_coef=kl_coef,
-            kl_estimator=kl_estimator, denominator=denominator, backend="torch",
-        )  # fmt: skip
-        value_loss, value_metrics = ppo_value_loss(
-            values, old_values, returns, mask=mask, clip=value_clip, huber_delta=huber_delta, denominator=denominator,
-            backend="torch",
-        )  # fmt: skip
-        return policy_loss + value_coef * value_loss, policy_metrics | value_metrics
-    _check_policy(
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, entropy=entropy, entropy_coef=entropy_coef,
-        ref_logprob=ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator,
-    )  # fmt: skip
-    _check_value(old_values, value_clip, huber_delta)
-    _check_denominator(denominator, logprob)
-    return _fused(
-        logprob=logprob, old_logprob=old_logprob, advantages=advantages, entropy=entropy, ref_logprob=ref_logprob,
-        values=values, old_values=old_values, returns=returns, mask=mask, denominator=denominator, clip_low=clip_low,
-        clip_high=clip_high, dual_clip=dual_clip, entropy_coef=entropy_coef, kl_coef=kl_coef,
-        kl_estimator=kl_estimator, value_coef=value_coef, value_clip=value_clip, huber_delta=huber_delta,
-    )  # fmt: skip
-
-
-def _fused(
-    *,
-    logprob: Tensor | None = None,
-    old_logprob: Tensor | None = None,
-    advantages: Tensor | None = None,
-    entropy: Tensor | None = None,
-    ref_logprob: Tensor | None = None,
-    values: Tensor | None = None,
-    old_values: Tensor | None = None,
-    returns: Tensor | None = None,
-    mask: Tensor | None,
-    denominator: float | Tensor | None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    entropy_coef: float = 0.0,
-    kl_coef: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    value_coef: float = 1.0,
-    value_clip: float | None = None,
-    huber_delta: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The Triton form of one or both losses, of checked arguments."""
-    from . import _triton_loss as triton_loss
-
-    constants = (old_logprob, advantages, ref_logprob, old_values, returns)
-    old_logprob, advantages, ref_logprob, old_values, returns = (
-        None if tensor is None else tensor.detach() for tensor in constants
-    )
-    of_tensor = isinstance(denominator, Tensor)
-    loss, sums, *_ = triton_loss.ppo_loss(
-        logprob, old_logprob, advantages, entropy, ref_logprob, values, old_values, returns, mask,
-        denominator if of_tensor else None, 0.0 if of_tensor or denominator is None else float(denominator),
-        float(clip_low), float(clip_high), math.inf if dual_clip is None else float(dual_clip), float(entropy_coef),
-        float(kl_coef), 1 + get_args(KLEstimator).index(kl_estimator), float(value_coef),
-        math.inf if value_clip is None else float(value_clip), math.inf if huber_delta is None else float(huber_delta),
-    )  # fmt: skip
-    columns = sums.detach().unbind()
-    metrics: dict[str, Tensor] = {}
-    if logprob is not None:
-        metrics |= zip(triton_loss.POLICY_METRICS, columns[: triton_loss.VALUE_START], strict=False)
-        if entropy is None:
-            del metrics["entropy_sum"]
-        if ref_logprob is None:
-            del metrics["kl_ref_sum"]
-    if values is not None:
-        metrics |= zip(triton_loss.VALUE_METRICS, columns[triton_loss.VALUE_START :], strict=True)
-    return loss, metrics
+    settings = _PolicySettings(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    policy = _Policy(logprob, old_logprob, advantages, entropy, ref_logprob, settings)
+    value = _Value(values, old_values, returns, value_clip, huber_delta, "value_clip")
+    return _loss(policy, value, value_coef, mask, denominator, backend)
 
 
 def reduce_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

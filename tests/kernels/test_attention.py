@@ -1,15 +1,13 @@
 """Attention over a packed tree against a dense T x T mask in fp64."""
 
 import random
-from importlib import import_module
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastppo_kernels.attention import TreeLayout, attention, decode_attention
-
-module = import_module("fastppo_kernels.attention")  # the package's attribute of this name is the function
+from fastppo_kernels import _attention_layout, _attention_torch
+from fastppo_kernels.attention import TreeLayout, attention, decode_attention, tree_attention
 
 
 def make_layout(rng, *, root, segments, longest, past=0):
@@ -66,7 +64,7 @@ def inputs(layout, heads=4, kv_heads=2, dim=6, v_dim=None, dtype=torch.float64, 
 def check(layout, tensors, tolerance=1e-10, **options):
     """Forward and gradients equal the dense reference's."""
     window = options.get("window")
-    got = attention(*tensors, layout, **options)
+    got = tree_attention(*tensors, layout, **options)
     wanted = dense(*tensors, seen(layout, window), options.get("scale"), options.get("softcap"))
     weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(7), dtype=wanted.dtype)
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
@@ -98,7 +96,7 @@ def test_past(root, past, window):
 @pytest.mark.parametrize("limit", [1, 20, 60])
 @pytest.mark.parametrize("root", [0, 4])
 def test_small_buckets(monkeypatch, limit, root):
-    monkeypatch.setattr(module, "_MAX_BUCKET_SCORES", limit)
+    monkeypatch.setattr(_attention_layout, "_MAX_BUCKET_SCORES", limit)
     layout = make_layout(random.Random(1), root=root, segments=14, longest=6)
     check(layout, inputs(layout))
     assert len(layout.buckets) > 3
@@ -107,7 +105,7 @@ def test_small_buckets(monkeypatch, limit, root):
 def test_buckets_stay_below_their_limit(monkeypatch):
     """A bucket is a rectangle of its longest queries and keys: one long path must not blow up many short ones."""
     limit = 400
-    monkeypatch.setattr(module, "_MAX_BUCKET_SCORES", limit)
+    monkeypatch.setattr(_attention_layout, "_MAX_BUCKET_SCORES", limit)
     # One query at the end of a long path, then many segments of two queries and a short path.
     paths, rows = [list(range(100))], 100
     for n in [1] + [2] * 40:
@@ -145,7 +143,7 @@ def test_scale_and_value_dim(v_dim):
 def test_large_scores_do_not_overflow():
     layout = make_layout(random.Random(4), root=3, segments=6, longest=4)
     q, k, v = (x.detach().float() for x in inputs(layout))
-    got = attention(q * 200, k * 200, v, layout)
+    got = tree_attention(q * 200, k * 200, v, layout)
     torch.testing.assert_close(
         got.double(), dense(q.double() * 200, k.double() * 200, v.double(), seen(layout)), atol=1e-3, rtol=0
     )
@@ -154,7 +152,7 @@ def test_large_scores_do_not_overflow():
 def test_gradcheck():
     layout = make_layout(random.Random(5), root=2, segments=3, longest=2)
     tensors = inputs(layout, heads=2, kv_heads=1, dim=3)
-    assert torch.autograd.gradcheck(lambda *t: attention(*t, layout, window=3, softcap=2.0), tensors)
+    assert torch.autograd.gradcheck(lambda *t: tree_attention(*t, layout, window=3, softcap=2.0), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -168,7 +166,7 @@ def test_low_precision_is_no_worse_than_sdpa(dtype):
     weight = torch.randn(exact.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact_grads = torch.autograd.grad(exact, exact_in, weight.double())
 
-    ours = attention(*tensors, layout)
+    ours = tree_attention(*tensors, layout)
     assert ours.dtype == dtype
     q, k, v = (x.transpose(0, 1)[None] for x in tensors)
     theirs = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
@@ -197,7 +195,7 @@ def test_decode_is_the_last_row_of_the_whole_sequence(root, window, softcap):
         total = root + n
         layout = TreeLayout(torch.tensor([0, total]), torch.tensor([0, total]), torch.arange(total))
         padded_q = torch.cat([torch.randn(total - 1, 4, 6, dtype=torch.float64), q[i : i + 1]])
-        whole = attention(padded_q, k, v, layout, window=window, softcap=softcap)
+        whole = tree_attention(padded_q, k, v, layout, window=window, softcap=softcap)
         torch.testing.assert_close(got[i], whole[-1])
 
 
@@ -226,4 +224,90 @@ def test_decode_ignores_what_lies_behind_a_sequence():
 def test_errors(shapes, options, message):
     layout = TreeLayout(torch.tensor([0, 3]), torch.tensor([0, 3]), torch.arange(3))
     with pytest.raises(ValueError, match=message):
-        attention(*(torch.zeros(s) for s in shapes), layout, **options)
+        tree_attention(*(torch.zeros(s) for s in shapes), layout, **options)
+
+
+def test_dtypes_and_numbers_that_do_not_fit():
+    layout = TreeLayout(torch.tensor([0, 3]), torch.tensor([0, 3]), torch.arange(3))
+    q, k, v = torch.zeros(3, 4, 6), torch.zeros(3, 2, 6), torch.zeros(3, 2, 6)
+    with pytest.raises(ValueError, match="q, k and v need one dtype, got torch.float32, torch.bfloat16, torch.float32"):
+        tree_attention(q, k.bfloat16(), v, layout)
+    with pytest.raises(ValueError, match="q must have one of the dtypes .*, got torch.int64"):
+        tree_attention(q.long(), k, v, layout)
+    with pytest.raises(ValueError, match="k must be on the device of q"):
+        tree_attention(q, k.to("meta"), v, layout)
+    for options, message in [
+        ({"softcap": 0.0}, "softcap must be a finite number > 0, got 0.0"),
+        ({"scale": float("nan")}, "scale must be a finite number, got nan"),
+        ({"window": 2.5}, "window must be an integer >= 1, got 2.5"),
+        ({"backend": "cudnn"}, "backend must be one of auto, flash-attn, .*, torch, got 'cudnn'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tree_attention(q, k, v, layout, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_q": torch.tensor([0, 1, 4])}, r"cu_q must go up from 0 to 5, got \[0, 1, 4\]"),
+        ({"cu_q": torch.tensor([0, 6, 5])}, "cu_q must go up from 0 to 5"),
+        ({"cu_q": torch.tensor([0, 5])}, r"cu_k must have shape \[S \+ 1\], the same for cu_q and cu_k, got \[3\]"),
+        ({"cu_q": torch.tensor([0.0, 3.0, 5.0])}, "cu_q must have one of the dtypes int64, int32"),
+        ({"cu_k": torch.tensor([0, 3, 6])}, "cu_k must go up from 0 to 7"),
+        ({"cu_k": torch.tensor([0, 2, 7])}, "cu_k: a segment has a root path shorter than its queries"),
+        ({"kv_index": torch.tensor([0, 1, 2, 0, 1, 3, 5])}, r"kv_index must be in \[0, 5\) \(rows of k\)"),
+        ({"kv_index": torch.arange(7, dtype=torch.int32)}, "kv_index must have one of the dtypes int64"),
+        ({"kv_index": torch.zeros(7, 1, dtype=torch.int64)}, r"kv_index must have shape \[N\]"),
+        ({"root": 3}, "root: not every root path begins with the rows 0 to 2"),
+        ({"root": 9}, "root: not every root path begins with the rows 0 to 8"),
+        ({"past": -1}, "past must be an integer >= 0, got -1"),
+        ({"past": 1}, "5 keys for 5 queries and a past of 1 rows"),
+    ],
+)
+def test_trees_that_do_not_fit(change, message):
+    tree = {"cu_q": torch.tensor([0, 3, 5]), "cu_k": torch.tensor([0, 3, 7]), "kv_index": torch.tensor([0, 1, 2, 0, 1, 3, 4])}
+    tensors = [torch.randn(5, 2, 4) for _ in range(3)]
+    assert attention(*tensors, **tree).shape == (5, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        attention(*tensors, **tree | change)
+
+
+def test_a_tree_without_rows():
+    empty = torch.zeros(1, dtype=torch.int32)
+    q, k, v = (torch.zeros(0, 2, 4, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, empty, empty, torch.zeros(0, dtype=torch.int64))
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize(("root", "past"), [(0, 0), (3, 0), (4, 2)])
+def test_without_a_known_root(root, past):
+    """`root` only says what may be shared; 0 is always right."""
+    layout = make_layout(random.Random(8), root=root, segments=6, longest=4, past=past)
+    tensors = inputs(layout)
+    unknown = TreeLayout(layout.cu_q, layout.cu_k, layout.kv_index, 0, past)
+    torch.testing.assert_close(tree_attention(*tensors, unknown), tree_attention(*tensors, layout))
+    plain = attention(*tensors, layout.cu_q, layout.cu_k, layout.kv_index, root=root, past=past)
+    assert torch.equal(plain, tree_attention(*tensors, layout))
+
+
+def test_operator_for_the_compiler():
+    """Finds the denominators again in backward instead of keeping them."""
+    layout = make_layout(random.Random(8), root=3, segments=6, longest=4, past=1)
+    tensors = inputs(layout)
+    tree = layout.cu_q, layout.cu_k, layout.kv_index, layout.root, layout.past
+    for options in ((0.4, None, None), (0.4, 3, 2.0)):
+        got = _attention_torch.tree_attention_op(*tensors, *tree, *options)
+        wanted = tree_attention(*tensors, layout, scale=0.4, window=options[1], softcap=options[2])
+        assert torch.equal(got, wanted)
+        grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, wanted)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+    single = [x.detach().float().requires_grad_() for x in tensors]
+    torch.library.opcheck(
+        _attention_torch.tree_attention_op, (*single, *tree, 0.4, 3, None), test_utils=("test_schema", "test_faketensor")
+    )  # fmt: skip
+    # A layout is found again by its tensors, and only by the very same.
+    assert _attention_layout.layout_of(*tree) is layout
+    assert _attention_layout.layout_of(*tree[:3], 0, 1) is not layout
+    assert _attention_layout.layout_of(tree[0].clone(), *tree[1:]) is not layout

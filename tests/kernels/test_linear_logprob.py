@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 from fastppo_kernels import linear_logprob, token_logprob
 
@@ -143,35 +142,28 @@ def test_opposite_weights_on_one_row_do_not_cancel():
     torch.testing.assert_close(hidden.grad, weight[1:2] - weight[3:4])
 
 
-class LargestTensors(TorchDispatchMode):
-    """Records the sizes of all tensors that operations give back, and how often each operation ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-        self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.sizes += [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.products += func in (
-            torch.ops.aten.mm.default,
-            torch.ops.aten.addmm.default,
-            torch.ops.aten.addmm_.default,
-        )
-        return out
+def allocated_and_multiplied(function) -> tuple[int, int]:
+    """(bytes of the largest tensor that any operation made, number of matrix products), also inside of our operators."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        function()
+    events = seen.events()
+    products = sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_") for event in events)
+    return max(event.self_cpu_memory_usage for event in events), products
 
 
 def test_never_more_than_a_chunk_of_logits_and_no_weight_gradient_when_frozen():
     rows, vocab, chunk_rows = 64, 200, 8
     hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(vocab, 4)
     targets, rows_A = torch.randint(vocab, (96,)), torch.randint(rows, (96,))
-    with LargestTensors() as seen:
-        logprob, entropy = linear_logprob(hidden, weight, targets, rows_A=rows_A, chunk_rows=chunk_rows)
-        assert seen.products == rows // chunk_rows  # the logits of a row once, however many targets it has
-        (logprob.sum() + entropy.sum()).backward()
-    assert max(seen.sizes) == chunk_rows * vocab
-    assert seen.products == 3 * rows // chunk_rows  # logits, logits again, hidden gradient
+    outputs = []
+
+    def forward():
+        outputs.extend(linear_logprob(hidden, weight, targets, rows_A=rows_A, chunk_rows=chunk_rows))
+
+    # The logits of a row once, however many targets it has; in the backward logits again, and the hidden gradient.
+    assert allocated_and_multiplied(forward) == (4 * chunk_rows * vocab, rows // chunk_rows)
+    loss = outputs[0].sum() + outputs[1].sum()
+    assert allocated_and_multiplied(loss.backward) == (4 * chunk_rows * vocab, 2 * rows // chunk_rows)
 
 
 def test_trained_weight_and_bias_get_their_gradient_in_half_precision():
@@ -288,3 +280,18 @@ def test_wrong_arguments(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         linear_logprob(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_caller_may_write_into_what_it_gets(backend):
+    hidden, weight, targets = torch.randn(4, 8, requires_grad=True), torch.randn(33, 8), torch.randint(33, (4,))
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.0])
+
+    def gradient_of(write: bool) -> Tensor:
+        logprob, entropy = linear_logprob(hidden, weight, targets, backend=backend)
+        if write:
+            logprob[1::2] = 0.0
+            entropy.zero_()
+        return torch.autograd.grad((logprob * weights).sum(), hidden)[0]
+
+    torch.testing.assert_close(gradient_of(True), gradient_of(False), rtol=0, atol=0)

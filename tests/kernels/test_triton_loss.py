@@ -2,33 +2,20 @@
 
 import itertools
 import math
-import sys
 
+import helpers
 import pytest
 import torch
+from helpers import DEVICE, TRITON_MARKS, assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastppo_kernels import ppo_loss, ppo_policy_loss, ppo_value_loss, reduce_metrics
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = TRITON_MARKS
+poisoned = helpers.poisoned
 ESTIMATORS = ["k1", "clamped_k1", "k2", "k3", "jensen_shannon"]
-# numpy warns of the NaN and infinities that these tests are about.
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="there is no triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN, so that a place that no kernel writes is seen."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def batch(shape: tuple[int, ...] | int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -59,22 +46,21 @@ def outcome(inputs: dict[str, Tensor], backend: str, dtype: torch.dtype | None =
 
 
 def assert_as_good(inputs: dict[str, Tensor], **how) -> dict[str, Tensor]:
-    """Every number and gradient: error at most 1.2 times the torch path's, and a little, in units of the largest entry."""
+    """Every number, and every entry of a gradient: error at most 1.2 times the torch path's, and what rounding cannot avoid.
+
+    That is nothing for a float64 sum but the last digits of its terms, which are of about 1 (few thousand of them here); one
+    rounding for the loss; four for a gradient (the entry, 1 / denominator, and two products), relative to that entry. Half
+    precision gradients need no more: the last rounding is as wrong for both.
+    """
     exact, twins = outcome(inputs, "torch", torch.float64, **how), outcome(inputs, "torch", **how)
     ours = outcome(inputs, "triton", **how)
     assert list(ours) == list(twins) == list(exact)
+    terms = next(iter(inputs.values())).numel()
     for name, truth in exact.items():
         assert ours[name].dtype == twins[name].dtype and ours[name].shape == twins[name].shape
-        # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds: up to a whole last place.
-        tiny = {torch.float64: 3e-7, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[ours[name].dtype]
-        scale = truth.abs().max().clamp(min=1).item() if truth.numel() else 1.0
-        if name.endswith("_sum") or name == "loss":
-            # A sum of terms of about 1, each rounded in fp32: its error grows with the root of their number.
-            terms, divisor = next(iter(inputs.values())).numel(), how.get("denominator")
-            divisor = 1.0 if name != "loss" else float(terms if divisor is None else divisor)
-            scale = max(scale, terms**0.5 / max(divisor, 1.0))
-        error, allowed = ((x.double() - truth).abs().max().item() if truth.numel() else 0.0 for x in (ours[name], twins[name]))
-        assert error <= 1.2 * allowed + tiny * scale, (name, error, allowed)
+        error, allowed = ((x.double() - truth).abs() for x in (ours[name], twins[name]))
+        unavoidable = {"loss": 1, "d": 4}.get(name.split()[0], 0) * 2.0**-24 * truth.abs() + 1e-15 * terms
+        assert (error <= 1.2 * allowed + unavoidable).all(), (name, error.max(), allowed.max())
     return ours
 
 
@@ -177,8 +163,9 @@ def test_small_log_ratios_keep_their_digits():
     logprob = torch.full((8,), 1e-4, device=DEVICE)
     zeros, ones = torch.zeros_like(logprob), torch.ones_like(logprob)
     _, metrics = ppo_policy_loss(logprob, zeros, ones, ref_logprob=zeros, backend="triton")
-    assert metrics["approx_kl_sum"].item() == pytest.approx(8 * (math.expm1(1e-4) - 1e-4), rel=1e-5)
-    assert metrics["kl_ref_sum"].item() == pytest.approx(8 * (math.expm1(-1e-4) + 1e-4), rel=1e-5)
+    x = logprob[0].item()
+    assert metrics["approx_kl_sum"].item() == pytest.approx(8 * (math.expm1(x) - x), rel=1e-7)
+    assert metrics["kl_ref_sum"].item() == pytest.approx(8 * (math.expm1(-x) + x), rel=1e-7)
 
 
 def test_explained_variance_of_large_returns():
@@ -202,7 +189,7 @@ def test_layout_does_not_matter_and_mixed_dtypes_are_allowed():
 
 
 def test_the_same_bits_twice_and_more_blocks_than_one_tile_of_sums():
-    inputs = batch(80_000)
+    inputs = batch(20_000)
     first, again = (outcome(inputs, "triton", entropy_coef=0.1, kl_coef=0.1) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert_as_good(inputs, entropy_coef=0.1, kl_coef=0.1)
@@ -225,25 +212,21 @@ def test_float64_takes_the_torch_form():
     assert loss.dtype == torch.float64
 
 
-def test_compiles_without_a_break_and_once_for_all_lengths():
-    counter = CompileCounterWithBackend("aot_eager")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_without_a_break_and_once_for_all_lengths(backend):
+    names = list(batch(1))
 
-    def both(inputs: dict[str, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-        loss, metrics = ppo_loss(**inputs, mask=mask, entropy_coef=0.1, kl_coef=0.1, backend="triton")
+    def both(mask: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(names, inputs, strict=True))
+        loss, metrics = ppo_loss(**named, mask=mask, entropy_coef=0.1, kl_coef=0.1, backend=backend)
         return loss * 2, metrics["ratio_sum"]
 
-    compiled = torch.compile(both, backend=counter, fullgraph=True, dynamic=True)
-    compilations = []
-    for size in (5, 40, 41):
-        inputs = {name: x.requires_grad_() for name, x in batch(size).items()}
-        mask = torch.arange(size, device=DEVICE) % 3 > 0
-        plain, traced = both(inputs, mask), compiled(inputs, mask)
-        assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
-        names = ("logprob", "values", "entropy")
-        for a, b in zip(*(torch.autograd.grad(x[0], [inputs[n] for n in names]) for x in (plain, traced)), strict=True):
-            assert torch.equal(a, b)
-        compilations.append(counter.frame_count)
-    assert compilations[0] == compilations[-1]
+    def call(size: int) -> tuple[Tensor, ...]:
+        inputs = batch(size)
+        leaves = [x.requires_grad_(name in ("logprob", "values", "entropy")) for name, x in inputs.items()]
+        return torch.arange(size, device=DEVICE) % 3 > 0, *leaves
+
+    assert_compiles_once(both, [call(size) for size in (5, 40, 41, 300)])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +234,8 @@ def test_compiles_without_a_break_and_once_for_all_lengths():
     [
         ({"values": torch.zeros(2, device=DEVICE)}, r"values must have shape \[3\] \(that of logprob\), got \[2\]"),
         ({"returns": torch.zeros(3, device="meta")}, "returns must be on the device of logprob"),
-        ({"old_values": None}, "old_values must be given for clip 0.2, got None"),
+        ({"old_values": None}, "old_values must be given for value_clip 0.2, got None"),
+        ({"value_clip": 0.0}, "value_clip must be a finite number > 0, got 0.0"),
         ({"value_coef": math.nan}, "value_coef must be a finite number"),
         ({"mask": torch.ones(3, device=DEVICE)}, "mask must be a bool or integer tensor"),
         ({"kl_coef": 0.1}, "ref_logprob must be given for kl_coef 0.1, got None"),

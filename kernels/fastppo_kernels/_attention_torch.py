@@ -1,0 +1,324 @@
+"""Attention over a packed tree in plain torch: the definition, and what runs on the CPU.
+
+Two things keep it quick where the same tokens are everyone's prefix: keys of the *root* (the rows that start every segment's
+path, typically the instruction text) are multiplied once for all queries and never gathered, and only the short rest of
+each path is gathered, again in backward rather than saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._attention_layout import Bucket, TreeLayout, hidden, layout_of
+from ._checks import accumulate_dtype
+from ._gather import add_rows_
+
+
+def root_and_own_attention(
+    q: Tensor,
+    k_root: Tensor,
+    v_root: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    hide_root: Tensor | None,
+    hide_own: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """One softmax over keys that all segments share and keys of each segment's own.
+
+    q [S, Hkv, G*Q, D]; k_root, v_root [Hkv, C, D]; k_own, v_own [S, Hkv, K, D]; hide_* boolean, True where a key is not
+    seen, broadcastable to the scores. Returns out [S, Hkv, G*Q, D] and the log of the softmax's denominator [S, Hkv, G*Q, 1],
+    in the dtype of ``q`` (the callers pass fp32). Every query sees at least one key of its own.
+    """
+    s_root, s_own = _scores(q, k_root, k_own, hide_root, hide_own, scale, softcap)
+    top = s_own.amax(-1, keepdim=True)
+    if k_root.shape[1]:
+        top = torch.maximum(top, s_root.amax(-1, keepdim=True))
+    p_own = s_own.sub_(top).exp_()
+    total, out = p_own.sum(-1, keepdim=True), p_own @ v_own
+    if k_root.shape[1]:
+        p_root = s_root.sub_(top).exp_()
+        total += p_root.sum(-1, keepdim=True)
+        out += _by_root(p_root, v_root)
+    return out.div_(total), top + total.log()
+
+
+def _scores(
+    q: Tensor,
+    k_root: Tensor,
+    k_own: Tensor,
+    hide_root: Tensor | None,
+    hide_own: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    s_root = _by_root(q, k_root.transpose(1, 2)).mul_(scale)
+    s_own = (q @ k_own.transpose(2, 3)).mul_(scale)
+    if softcap is not None:
+        s_root, s_own = (torch.tanh(s / softcap).mul_(softcap) for s in (s_root, s_own))
+    if hide_root is not None:
+        s_root.masked_fill_(hide_root, -torch.inf)
+    return s_root, s_own.masked_fill_(hide_own, -torch.inf)
+
+
+def _by_root(x: Tensor, y: Tensor) -> Tensor:
+    """x [S, Hkv, M, A] times y [Hkv, A, B] -> [S, Hkv, M, B], as one product a head over all segments."""
+    n, heads, rows, _ = x.shape
+    flat = x.transpose(0, 1).reshape(heads, n * rows, x.shape[3])
+    return (flat @ y).view(heads, n, rows, y.shape[2]).transpose(0, 1)
+
+
+def _group_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """[S, Q, H, D] -> [S, Hkv, G*Q, D]: the G query heads that share a key head become further rows of it."""
+    n, length, heads, dim = x.shape
+    grouped = x.view(n, length, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
+    return grouped.reshape(n, kv_heads, heads // kv_heads * length, dim)
+
+
+def _ungroup_heads(x: Tensor, heads: int) -> Tensor:
+    """[S, Hkv, G*Q, D] -> [S*Q, H, D]."""
+    n, kv_heads, rows, dim = x.shape
+    group = heads // kv_heads
+    return x.view(n, kv_heads, group, rows // group, dim).permute(0, 3, 1, 2, 4).reshape(-1, heads, dim)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and for each piece the log of the softmax's denominators."""
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    stored = []
+    for work in _pieces(q, k, v, layout, window):
+        o, lse = root_and_own_attention(
+            work.q, work.k_root, work.v_root, work.k_own, work.v_own, work.hide_root, work.hide_own, scale, softcap
+        )
+        work.scatter(out, _ungroup_heads(o, q.shape[1]))
+        stored.append(lse)
+    return out, stored
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stored: list[Tensor] | None,
+    layout: TreeLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV; with ``stored`` None the denominators are found again from the scores."""
+    heads, kv_heads, root = q.shape[1], k.shape[1], layout.root
+    dq = q.new_zeros(q.shape)
+    # fp32 sums: a prefix row gathers the gradient of every segment below it.
+    dk, dv = (torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device) for x in (k, v))
+    for i, work in enumerate(_pieces(q, k, v, layout, window)):
+        s_root, s_own = _scores(work.q, work.k_root, work.k_own, work.hide_root, work.hide_own, scale, softcap)
+        lse = stored[i] if stored is not None else _log_total(s_root, s_own)
+        p_root, p_own = (s_root - lse).exp_(), (s_own - lse).exp_()
+        do = _group_heads(work.gather(d_out), kv_heads)
+        delta = (do * _group_heads(work.gather(out), kv_heads)).sum(-1, keepdim=True)
+        ds_own = (do @ work.v_own.transpose(2, 3)).sub_(delta).mul_(p_own)
+        ds_root = _by_root(do, work.v_root.transpose(1, 2)).sub_(delta).mul_(p_root)
+        if softcap is not None:
+            for ds, s in ((ds_root, s_root), (ds_own, s_own)):
+                ds.mul_(1 - (s.masked_fill(s == -torch.inf, 0.0) / softcap).square())
+        dq_piece = ds_own @ work.k_own
+        if work.k_root.shape[1]:
+            dq_piece += _by_root(ds_root, work.k_root)
+        work.scatter(dq, _ungroup_heads(dq_piece.mul_(scale), heads))
+        dk_own = (ds_own.transpose(2, 3) @ work.q).mul_(scale)
+        work.add_own(dk, dk_own)
+        work.add_own(dv, p_own.transpose(2, 3) @ do)
+        if work.k_root.shape[1]:
+            q_flat, do_flat = (x.transpose(0, 1).flatten(1, 2) for x in (work.q, do))
+            dk[:root] += (ds_root.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ q_flat).mul_(scale).transpose(0, 1)
+            dv[:root] += (p_root.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ do_flat).transpose(0, 1)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _log_total(s_root: Tensor, s_own: Tensor) -> Tensor:
+    total = s_own.logsumexp(-1, keepdim=True)
+    return torch.logaddexp(total, s_root.logsumexp(-1, keepdim=True)) if s_root.shape[-1] else total
+
+
+class TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, layout: TreeLayout, scale: float, window: int | None, softcap: float | None):
+        ctx.layout, ctx.scale, ctx.window, ctx.softcap = layout, scale, window, softcap
+        out, stored = forward(q, k, v, layout, scale, window, softcap)
+        ctx.save_for_backward(q, k, v, out, *stored)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        q, k, v, out, *stored = ctx.saved_tensors
+        grads = backward(d_out, q, k, v, out, stored, ctx.layout, ctx.scale, ctx.window, ctx.softcap)
+        return *grads, None, None, None, None
+
+
+# The same as an operator, which torch.compile does not look into; calling it costs more than calling the function above.
+@torch.library.custom_op("fastppo_kernels::tree_attention", mutates_args=())
+def tree_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    kv_index: Tensor,
+    root: int,
+    past: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return forward(q, k, v, layout_of(cu_q, cu_k, kv_index, root, past), scale, window, softcap)[0]
+
+
+@tree_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | float | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@torch.library.custom_op("fastppo_kernels::tree_attention_backward", mutates_args=())
+def _tree_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    kv_index: Tensor,
+    root: int,
+    past: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = layout_of(cu_q, cu_k, kv_index, root, past)
+    return backward(d_out, q, k, v, out, None, layout, scale, window, softcap)
+
+
+@_tree_attention_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _op_setup_context(ctx, inputs, output) -> None:
+    q, k, v, cu_q, cu_k, kv_index, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, output, cu_q, cu_k, kv_index)
+
+
+def _op_backward(ctx, d_out: Tensor):
+    return *_tree_attention_backward(d_out, *ctx.saved_tensors, *ctx.numbers), *(8 * [None])
+
+
+tree_attention_op.register_autograd(_op_backward, setup_context=_op_setup_context)
+
+
+@dataclass
+class _Piece:
+    """One bucket's tensors in the working dtype, or the root's own causal square when ``bucket`` is None."""
+
+    bucket: Bucket | None
+    root_slice: slice
+    q: Tensor
+    k_root: Tensor
+    v_root: Tensor
+    k_own: Tensor
+    v_own: Tensor
+    hide_root: Tensor | None
+    hide_own: Tensor
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of a [T, H, D] tensor in the piece's [S, Q, H, D] order."""
+        rows = x[self.root_slice][None] if self.bucket is None else x[self.bucket.q_rows_SQ]
+        rows = rows.to(accumulate_dtype(x.dtype))
+        if self.bucket is not None and self.bucket.q_place_M.shape[0] < self.bucket.q_rows_SQ.numel():
+            # Padded places hold row 0: without this they would add its gradient to the keys.
+            keep = torch.zeros(self.bucket.q_rows_SQ.numel(), 1, 1, dtype=rows.dtype, device=x.device)
+            keep[self.bucket.q_place_M] = 1
+            rows = rows * keep.view(*self.bucket.q_rows_SQ.shape, 1, 1)
+        return rows
+
+    def scatter(self, x: Tensor, rows: Tensor) -> None:
+        if self.bucket is None:
+            x[self.root_slice] = rows.to(x.dtype)
+        else:
+            x[self.bucket.q_real_M] = rows[self.bucket.q_place_M].to(x.dtype)
+
+    def add_own(self, x: Tensor, rows_SHKD: Tensor) -> None:
+        if self.bucket is None:
+            x[: rows_SHKD.shape[2]] += rows_SHKD[0].transpose(0, 1)
+        else:  # padded keys carry probability 0, so what they add to row 0 is 0
+            add_rows_(x, self.bucket.k_rows_SK.flatten(), rows_SHKD.transpose(1, 2).reshape(-1, *x.shape[1:]))
+
+
+def _pieces(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int | None):
+    kv_heads, group, root, past = k.shape[1], q.shape[1] // k.shape[1], layout.root, layout.past
+    work = accumulate_dtype(q.dtype)
+    no_k, no_v = (torch.zeros(kv_heads, 0, x.shape[2], dtype=work, device=q.device) for x in (k, v))
+    k_root, v_root = (x[:root].to(work).transpose(0, 1) for x in (k, v))
+    if root > past:  # the root rows themselves, attending to each other
+        k_pos = torch.arange(root, device=q.device)
+        hide = hidden(k_pos[past:], k_pos, window)[None, None].repeat(1, 1, group, 1)
+        rows = slice(0, root - past)
+        q_root = _group_heads(q[None, rows].to(work), kv_heads)
+        yield _Piece(None, rows, q_root, no_k, no_v, k_root[None], v_root[None], None, hide)
+    for bucket in layout.buckets:
+        q_piece = _group_heads(q[bucket.q_rows_SQ].to(work), kv_heads)
+        k_own, v_own = (x[bucket.k_rows_SK].to(work).transpose(1, 2) for x in (k, v))
+        hide_own = hidden(bucket.q_pos_SQ, bucket.k_pos_SK, window)[:, None].repeat(1, 1, group, 1)
+        hide_root = None
+        if window is not None and root:
+            k_pos = torch.arange(root, device=q.device)[None]
+            hide_root = hidden(bucket.q_pos_SQ, k_pos, window)[:, None].repeat(1, 1, group, 1)
+        yield _Piece(bucket, slice(0), q_piece, k_root, v_root, k_own, v_own, hide_root, hide_own)
+
+
+def decode_attention(
+    q: Tensor,
+    k_root: Tensor,
+    v_root: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One new token per sequence attends to a prefix that all sequences share and to its own cached tokens.
+
+    Args:
+        q: [B, H, D].
+        k_root, v_root: [C, Hkv, D], the shared prefix, C may be 0.
+        k_own, v_own: [B, Hkv, K, D], the cache; places from ``lengths`` on are ignored.
+        lengths: [B] int64, filled places of each sequence's own cache, the new token included (at least 1).
+        scale, window, softcap: as in ``attention``.
+
+    Returns:
+        [B, H, Dv] in q's dtype. Not differentiable in place of ``attention``: meant for sampling.
+    """
+    root, work = k_root.shape[0], accumulate_dtype(q.dtype)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    q_pos = root + lengths[:, None] - 1
+    hide_own = hidden(q_pos, root + torch.arange(k_own.shape[2], device=q.device)[None], window)[:, None]
+    hide_root = None
+    if window is not None and root:
+        hide_root = hidden(q_pos, torch.arange(root, device=q.device)[None], window)[:, None]
+    grouped = _group_heads(q[:, None].to(work), k_own.shape[1])
+    k_root, v_root = (x.to(work).transpose(0, 1) for x in (k_root, v_root))
+    out, _ = root_and_own_attention(
+        grouped, k_root, v_root, k_own.to(work), v_own.to(work), hide_root, hide_own, scale, softcap
+    )
+    return _ungroup_heads(out, q.shape[1]).to(q.dtype)

@@ -1,0 +1,319 @@
+"""LoRA inside the base GEMM: weights, A and B in one buffer, bordered so that one product gives base and adapter together.
+
+    y = [S | x] [B | W]^T        dX = [dY | dS] [W ; A]
+
+For the projections of one input (first, others) the buffers are
+
+    weight, [N + L, left + K + right]                     activation, [M, left + K + right]
+      [ B_0 |  W_0  |   -   ]                               [ S_0 | X | S_1 S_2 .. ]
+      [  -  |  W_1  | B_1   ]                             gradient, [M, N + L]
+      [  -  |  W_2  |   B_2 ]                               [ dY_0 | dY_1 | dY_2 .. | dS ]
+      [  -  |   A   |   -   ]   L = left + right rows
+
+The first projection multiplies the columns [0, left + K), the others [left, left + K + right), where their B's are blocks on
+a diagonal; so no product has zeros in it but those blocks (k and v beside q). The corners marked - are never read. The
+adapter's part is added up in the GEMM's own float32 sums: y is neither read again nor rounded twice.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ._checks import accumulate_dtype, check_float, check_integer, check_shape
+from ._lora_ops import product
+from .lora_linear import LoRAProjection, check_projection, flatten_mask
+
+_MOST = 4
+
+# Steps that torch optimizers have made in this process: some write to parameters without a trace in the version counter.
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class LoRAWeightBuffer:
+    """Up to 4 projections of one input with their adapters, in one buffer.
+
+    Args:
+        projections: each with a weight [N, K] that is frozen; at least one with an adapter. Weights are copied: point the
+            model's parameter at `weight_view` afterwards, and there is one copy.
+        align: `left` and `right` are multiples of this; 8 keeps rows on 16 bytes in half precision, 64 on whole K tiles.
+
+    Attributes:
+        weight: the buffer, [N + left + right, left + K + right], in the dtype of the weights. N is the sum over projections.
+        left, right: columns of S before and after X.
+        width: left + K + right. outputs: N.
+        column_scale: [left + right], what column c of S and dS is multiplied by. float32 (float64 for float64 weights).
+
+    A and B stay the parameters that are trained, in their own dtype. `refresh` copies them in after an optimizer step; calling
+    the buffer does that by itself, but not while torch.compile traces, in what it has compiled, or in a CUDA graph.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number, or a weight or bias that requires a gradient.
+    """
+
+    def __init__(self, projections: Sequence[LoRAProjection], *, align: int = 8) -> None:
+        check_integer("align", align, at_least=1)
+        if not 1 <= len(projections) <= _MOST:
+            raise ValueError(f"projections must be 1 to {_MOST}, got {len(projections)}")
+        first = projections[0].weight
+        check_float("projections[0].weight", first)
+        if first.dim() != 2 or first.shape[1] == 0:
+            raise ValueError(f"projections[0].weight must have shape [N, K], K >= 1, got {list(first.shape)}")
+        for i, projection in enumerate(projections):
+            check_projection(f"projections[{i}].", projection, first, False, like_name="projections[0].weight")
+            for name in ("weight", "bias"):
+                part = getattr(projection, name)
+                if part is not None and part.requires_grad:
+                    raise ValueError(f"projections[{i}].{name} must be frozen, got one that requires a gradient")
+        ranks = [0 if projection.lora_A is None else projection.lora_A.shape[0] for projection in projections]
+        if not any(ranks):
+            raise ValueError("projections must have at least one adapter, got none")
+        self.projections = tuple(projections)
+        self.dtype, self.device = first.dtype, first.device
+        self.left, self.right = (-(-rank // align) * align for rank in (ranks[0], sum(ranks[1:])))
+        self.inputs = first.shape[1]
+        self.width = self.left + self.inputs + self.right
+        self._middle = slice(self.left, self.left + self.inputs)
+        # Columns of S of each projection, counted over left and right.
+        starts = [0] + [self.left + sum(ranks[1:i]) for i in range(1, len(ranks))]
+        self._columns = [slice(start, start + rank) for start, rank in zip(starts, ranks, strict=True)]
+        ends = [0]
+        for projection in projections:
+            ends.append(ends[-1] + projection.weight.shape[0])
+        self._rows = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        self.outputs = ends[-1]
+        with torch.no_grad():
+            self.weight = first.new_empty(self.outputs + self.left + self.right, self.width)
+            self.lora_A_stacked.zero_()
+            self.border(0).zero_()
+            self.border(1).zero_()
+            for i, projection in enumerate(projections):
+                self.weight_view(i).copy_(projection.weight)
+            self.column_scale = torch.zeros(self.left + self.right, dtype=accumulate_dtype(self.dtype), device=self.device)
+            self._biases = self._joined_bias(projections[:1]), self._joined_bias(projections[1:])
+        self._groups: dict[int, Tensor] = {}
+        self._seen: list[tuple[int, ...] | None] = [None] * len(projections)
+        self.refresh()
+
+    def _joined_bias(self, projections: Sequence[LoRAProjection]) -> Tensor | None:
+        if all(projection.bias is None for projection in projections):
+            return None
+        return torch.cat(
+            [self.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias.to(self.dtype) for each in projections]
+        )
+
+    def weight_view(self, i: int) -> Tensor:
+        """W_i in the buffer, [N_i, K], rows `width` apart; for a model's parameter to be pointed at."""
+        return self.weight[self._rows[i], self._middle]
+
+    @property
+    def lora_A_stacked(self) -> Tensor:
+        """[left + right, K], row c makes column c of S; rows `width` apart."""
+        return self.weight[self.outputs :, self._middle]
+
+    def border(self, side: int) -> Tensor:
+        """Side 0: B of the first projection, [N_0, left]. Side 1: of the others, [N - N_0, right], blocks on a diagonal."""
+        first = self._rows[0].stop
+        if side == 0:
+            return self.weight[:first, : self.left]
+        return self.weight[first : self.outputs, self.left + self.inputs :]
+
+    def column_group(self, groups: int) -> Tensor:
+        """[left + right] int32: the column of a mask [M, groups] that a column of S is multiplied by."""
+        if groups not in self._groups:
+            group = torch.zeros(self.left + self.right, dtype=torch.int32)
+            for columns in self._columns:
+                rank = columns.stop - columns.start
+                if rank % groups:
+                    raise ValueError(f"groups must divide every rank, got {groups} and a rank of {rank}")
+                group[columns] = torch.arange(rank, dtype=torch.int32) // max(rank // groups, 1)
+            self._groups[groups] = group.to(self.device)
+        return self._groups[groups]
+
+    @torch.no_grad()
+    def refresh(self, force: bool = False) -> bool:
+        """Copy in the adapters that have changed since; whether any had.
+
+        Looks on the host, at addresses, version counters, and whether any torch optimizer has made a step. What else writes
+        to `parameter.data` or to raw memory goes unseen: `force` copies regardless.
+
+        Entries that are not finite are copied as 0, and the adapter's `column_scale` becomes NaN instead: rows that use it see
+        it, rows whose mask is 0 do not.
+        """
+        changed = False
+        for i, projection in enumerate(self.projections):
+            lora_A, lora_B, columns = projection.lora_A, projection.lora_B, self._columns[i]
+            if lora_A is None or lora_B is None:
+                continue
+            seen = (lora_A.data_ptr(), lora_A._version, lora_B.data_ptr(), lora_B._version, _steps)
+            if seen == self._seen[i] and not force:
+                continue
+            self._seen[i], changed = seen, True
+            first = self._rows[0].stop
+            rows, across = self._rows[i], columns
+            if i > 0:
+                rows = slice(rows.start - first, rows.stop - first)
+                across = slice(columns.start - self.left, columns.stop - self.left)
+            low_A, low_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
+            finite_R = low_A.isfinite().all(1) & low_B.isfinite().all(0)
+            self.lora_A_stacked[columns] = low_A.nan_to_num(0.0, 0.0, 0.0)
+            self.border(min(i, 1))[rows, across] = low_B.nan_to_num(0.0, 0.0, 0.0)
+            self.column_scale[columns] = self.column_scale[columns].fill_(projection.scale).masked_fill(~finite_R, torch.nan)
+        return changed
+
+    def new_input(self, rows: int) -> Tensor:
+        """An activation buffer [rows, width], not yet written: a producer or the caller writes X to `x_of` it."""
+        return self.weight.new_empty(rows, self.width)
+
+    def new_grad(self, rows: int) -> Tensor:
+        """A gradient buffer [rows, N + left + right], not yet written."""
+        return self.weight.new_empty(rows, self.outputs + self.left + self.right)
+
+    def x_of(self, x_buffer: Tensor) -> Tensor:
+        """X in the activation buffer, [M, K]."""
+        return x_buffer[:, self._middle]
+
+    def grads_of(self, grad_buffer: Tensor) -> tuple[Tensor, ...]:
+        """dY of each projection in the gradient buffer, [M, N_i]."""
+        return tuple(grad_buffer[:, rows] for rows in self._rows)
+
+    def _scaled(self, s_ML: Tensor, mask: Tensor | None) -> Tensor:
+        """column_scale * mask * S, from the sums of a product in the dtype of column_scale, so that S is rounded once."""
+        scaled = s_ML * self.column_scale
+        if mask is not None:
+            factor = mask if mask.shape[1] == 1 else mask[:, self.column_group(mask.shape[1])]
+            scaled = torch.where(factor != 0, scaled * factor.to(scaled.dtype), 0.0)
+        return scaled
+
+    def fill_s(self, x_buffer: Tensor, mask: Tensor | None = None) -> None:
+        """Write S to the borders of the activation buffer, from its X; where no producer has done so.
+
+        mask: [M, G] or None, as `adapter_mask` of `lora_linear`.
+        """
+        sums = product(self.x_of(x_buffer), self.lora_A_stacked.t(), self.column_scale.dtype)
+        scaled = self._scaled(sums, mask)
+        x_buffer[:, : self.left] = scaled[:, : self.left]
+        x_buffer[:, self.left + self.inputs :] = scaled[:, self.left :]
+
+    def forward(self, x_buffer: Tensor) -> tuple[Tensor, ...]:
+        """y of each projection, [M, N_i], from an activation buffer with X and S; those after the first share memory."""
+        check_shape("x_buffer", x_buffer, (x_buffer.shape[0], self.width), "[M, left + K + right]")
+        first = self._rows[0].stop
+        reach = self.left + self.inputs
+        outputs = (F.linear(x_buffer[:, :reach], self.weight[:first, :reach], self._biases[0]),)
+        if len(self._rows) > 1:
+            others = F.linear(x_buffer[:, self.left :], self.weight[first : self.outputs, self.left :], self._biases[1])
+            outputs += others.split([rows.stop - rows.start for rows in self._rows[1:]], 1)
+        return outputs
+
+    def fill_ds(self, grad_buffer: Tensor, mask: Tensor | None = None) -> None:
+        """Write dS to the gradient buffer, from its dY's; where no producer has done so. mask: as of `fill_s`."""
+        first = self._rows[0].stop
+        dtype = self.column_scale.dtype
+        parts = []
+        if self.left:
+            parts.append(product(grad_buffer[:, :first], self.border(0), dtype))
+        if self.right:
+            parts.append(product(grad_buffer[:, first : self.outputs], self.border(1), dtype))
+        grad_buffer[:, self.outputs :] = self._scaled(torch.cat(parts, 1), mask)
+
+    def backward(
+        self, x_buffer: Tensor, grad_buffer: Tensor, *, need_x: bool = True, need_A: bool = True, need_B: bool = True
+    ) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """(dX [M, K], dA of each projection, dB of each), from the buffers as `fill_s` and `fill_ds` (or producers) left them.
+
+        dA and dB are in the dtype of A and B, summed up in float32. None for a projection without adapter, and for what is not
+        needed.
+        """
+        check_shape("grad_buffer", grad_buffer, (x_buffer.shape[0], len(self.weight)), "[M, N + left + right]")
+        grad_x = grad_buffer @ self.weight[:, self._middle] if need_x else None
+        grad_A: list[Tensor | None] = [None] * len(self.projections)
+        grad_B: list[Tensor | None] = [None] * len(self.projections)
+        wide = {each.lora_A.dtype for each in self.projections if each.lora_A is not None} != {self.dtype}
+        if need_A:
+            dtype = accumulate_dtype(self.dtype) if wide else self.dtype
+            stacked = product(grad_buffer[:, self.outputs :].t(), self.x_of(x_buffer), dtype)
+        for i, projection in enumerate(self.projections):
+            if projection.lora_A is None or projection.lora_B is None:
+                continue
+            if need_A:
+                grad_A[i] = stacked[self._columns[i]].to(projection.lora_A.dtype, copy=True)
+            if need_B:
+                grad_B[i] = product(grad_buffer[:, self._rows[i]].t(), self._s_of(x_buffer, i), projection.lora_B.dtype)
+        return grad_x, tuple(grad_A), tuple(grad_B)
+
+    def _s_of(self, x_buffer: Tensor, i: int) -> Tensor:
+        shift = 0 if i == 0 else self.inputs
+        return x_buffer[:, self._columns[i].start + shift : self._columns[i].stop + shift]
+
+    def __call__(self, x: Tensor, adapter_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """y of each projection, [..., N_i], differentiable in x and the adapters; equal to `lora_linear_group`.
+
+        Args:
+            x: [..., K] in the dtype of the weights (under autocast, any). It is copied into an activation buffer, which is
+                kept for the backward in its place.
+            adapter_mask: as in `lora_linear`.
+
+        Raises:
+            ValueError: a wrong shape, dtype, device or mask.
+        """
+        check_float("x", x)
+        if x.dim() == 0 or x.shape[-1] != self.inputs:
+            raise ValueError(f"x must have shape [..., {self.inputs}], got {list(x.shape)}")
+        if x.device != self.device:
+            raise ValueError(f"x must be on the device of the weights ({self.device}), got {x.device}")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dtype)
+        if x.dtype != self.dtype:
+            raise ValueError(f"x must have the dtype of the weights ({self.dtype}), got {x.dtype}")
+        mask = flatten_mask(adapter_mask, x, [columns.stop - columns.start for columns in self._columns])
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not torch.compiler.is_compiling() and not capturing:
+            self.refresh()
+        adapters = [part for each in self.projections for part in (each.lora_A, each.lora_B)]
+        outputs = _Bordered.apply(self, x.reshape(-1, self.inputs), mask, self.weight, *adapters)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+class _Bordered(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, buffer: LoRAWeightBuffer, x_MK: Tensor, mask_MG: Tensor | None, weight: Tensor, *adapters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        x_buffer = buffer.new_input(x_MK.shape[0])
+        buffer.x_of(x_buffer).copy_(x_MK)
+        with torch.autocast(x_MK.device.type, enabled=False):
+            buffer.fill_s(x_buffer, mask_MG)
+            outputs = buffer.forward(x_buffer)
+        # The weight is saved for its version: a refresh between forward and backward raises.
+        ctx.save_for_backward(x_buffer, mask_MG, weight)
+        ctx.buffer = buffer
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_buffer, mask_MG, _ = ctx.saved_tensors
+        buffer = ctx.buffer
+        need_A, need_B = any(ctx.needs_input_grad[4::2]), any(ctx.needs_input_grad[5::2])
+        grad_buffer = buffer.new_grad(x_buffer.shape[0])
+        for place, grad in zip(buffer.grads_of(grad_buffer), grads, strict=True):
+            place.copy_(grad)
+        with torch.autocast(x_buffer.device.type, enabled=False):
+            buffer.fill_ds(grad_buffer, mask_MG)
+            grad_x, grad_A, grad_B = buffer.backward(
+                x_buffer, grad_buffer, need_x=ctx.needs_input_grad[1], need_A=need_A, need_B=need_B
+            )
+        return None, grad_x, None, None, *(grad for pair in zip(grad_A, grad_B, strict=True) for grad in pair)

@@ -1,0 +1,102 @@
+"""Rotary position embedding of queries and keys (Su et al. 2021), in the half-rotation form of Hugging Face's models."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_device, check_float, check_shape
+from ._dispatch import Backend, use_triton
+
+# Rotated entries of a head for which there is a kernel; no known model has more than 256.
+_WIDEST = 256
+
+
+def _rotated(x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    """x cos + rotate_half(x) sin over the first R entries of a head, in the arithmetic of Hugging Face's models."""
+    rotary = cos_BTR.shape[-1]
+    turned, rest = x_BHTD[..., :rotary], x_BHTD[..., rotary:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos_BTR.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BTR.unsqueeze(1)
+    turned = turned.to(x_BHTD.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+@torch.library.custom_op("fastppo_kernels::rope", mutates_args=())
+def _rope(q_BHTD: Tensor, k_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Rotated q and k, in the memory order of q and k; `inverse` applies the transposed matrix, which is the gradient."""
+    from . import _triton_rope
+
+    out = torch.empty_like(q_BHTD), torch.empty_like(k_BHTD)
+    if q_BHTD.shape[0] and q_BHTD.shape[2]:
+        _triton_rope.rotate(q_BHTD, k_BHTD, cos_BTR, sin_BTR, inverse, *out)
+    return out
+
+
+@_rope.register_fake
+def _(q_BHTD: Tensor, k_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q_BHTD), torch.empty_like(k_BHTD)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos_BTR, sin_BTR, ctx.inverse = inputs
+    ctx.save_for_backward(cos_BTR, sin_BTR)
+
+
+def _backward(ctx: Any, grad_q_BHTD: Tensor, grad_k_BHTD: Tensor) -> tuple[Tensor | None, ...]:
+    grads = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_q_BHTD, grad_k_BHTD))
+    return *_rope(*grads, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_rope.register_autograd(_backward, setup_context=_setup)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their positions: x cos + rotate_half(x) sin, rotate_half((a, b)) = (-b, a) for halves a, b.
+
+    Args:
+        q, k: [T, H, D] and [T, Hkv, D] (packed), or [B, H, T, D] and [B, Hkv, T, D] (as Hugging Face's attention has them, also
+            as transposed views); one float dtype, any strides.
+        cos, sin: [T, R], or for the four-dimensional form [B or 1, T, R]; R even and at most D: entries from R on are handed
+            through (GPT-NeoX). float32, or any other float dtype. Tables, without gradient.
+        backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. float64 always takes the torch
+            form.
+
+    Returns:
+        The rotated (q, k), shapes and dtypes unchanged, nothing of the inputs overwritten, differentiable in q and k; backward
+        keeps cos and sin alone. The Triton form computes in float32 and rounds once; torch rounds as Hugging Face does, each
+        product too, and in the wider dtype where cos is wider than q.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or cos or sin require a gradient.
+    """
+    for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        check_float(name, tensor)
+        check_device(name, tensor, "q", q)
+    if q.dim() not in (3, 4):
+        raise ValueError(f"q must have shape [T, H, D] or [B, H, T, D], got {list(q.shape)}")
+    if k.dtype != q.dtype:
+        raise ValueError(f"k must have the dtype of q ({q.dtype}), got {k.dtype}")
+    packed, head = q.dim() == 3, q.shape[-1]
+    if k.dim() != q.dim() or k.shape[:1] + k.shape[2:] != q.shape[:1] + q.shape[2:]:  # the heads are dimension 1 in either form
+        raise ValueError(f"k must have the shape of q ({list(q.shape)}) but for its number of heads, got {list(k.shape)}")
+    tokens = q.shape[0] if packed else q.shape[2]
+    if cos.dim() == 2:
+        cos, sin = cos[None], sin[None] if sin.dim() == 2 else sin
+    batches = (1,) if packed else (1, q.shape[0])
+    if cos.dim() != 3 or cos.shape[0] not in batches or cos.shape[1] != tokens or cos.shape[2] % 2 or cos.shape[2] > head:
+        wanted = f"[{tokens}, R]" if packed else f"[{tokens}, R] or [1 or {q.shape[0]}, {tokens}, R]"
+        raise ValueError(f"cos must have shape {wanted} with R even and at most {head}, got {list(cos.shape)}")
+    check_shape("sin", sin, tuple(cos.shape), "that of cos")
+    if sin.dtype != cos.dtype:
+        raise ValueError(f"sin must have the dtype of cos ({cos.dtype}), got {sin.dtype}")
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("cos and sin must not require a gradient: they are tables")
+    # One token's heads are what a program works on, so that the packed form is the other one with a batch of one.
+    q_BHTD, k_BHTD = (x.transpose(0, 1)[None] if packed else x for x in (q, k))
+    if use_triton(q, backend) and torch.float64 not in (q.dtype, cos.dtype) and cos.shape[2] <= _WIDEST:
+        q_BHTD, k_BHTD, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTD, k_BHTD, cos, sin))
+        out = _rope(q_BHTD, k_BHTD, cos, sin, False)
+    else:
+        out = _rotated(q_BHTD, cos, sin), _rotated(k_BHTD, cos, sin)
+    return (out[0][0].transpose(0, 1), out[1][0].transpose(0, 1)) if packed else out

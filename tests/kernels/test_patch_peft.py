@@ -1,0 +1,712 @@
+"""A patched PEFT model computes what peft computes, in every state that peft can put it in."""
+
+import copy
+import importlib
+import pickle
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from tiny import KINDS, tiny_config
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoModelForCausalLM, GPT2Config
+
+# The functions of the same names hide these modules as attributes of the package.
+patching = importlib.import_module("fastppo_kernels.patch_peft")
+NF4Weight, lora_gemm = patching.NF4Weight, patching.lora_gemm
+patch_peft, unpatch_peft, adapter_mask = patching.patch_peft, patching.unpatch_peft, patching.adapter_mask
+VOCAB = 97
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def causal_lm(kind, **lora):
+    """A tiny random model with random adapters, and ids for it. Every GPT-NeoX weight gets LoRA, its dropout is off."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
+    else:
+        config = tiny_config(kind, VOCAB)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if kind == "gpt2":
+        lora = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True} | lora
+    return adapted(model, **lora).eval(), torch.randint(VOCAB, (3, 9))
+
+
+def adapted(model, **lora):
+    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | lora))
+
+
+class Toy(nn.Module):
+    def __init__(self, dtype=torch.float32, bias=True):
+        super().__init__()
+        torch.manual_seed(1)
+        self.up, self.down = nn.Linear(24, 40, bias=bias, dtype=dtype), nn.Linear(40, 24, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def toy(dtype=torch.float32, **lora):
+    lora = {"target_modules": ["up", "down"]} | lora
+    return adapted(Toy(dtype), **lora), torch.randn(2, 5, 24).to(dtype)
+
+
+def outputs_of(model, x, **kwargs):
+    found = model(x, **kwargs)
+    return found.logits if hasattr(found, "logits") else found
+
+
+def run(model, x, **kwargs):
+    """(outputs, every gradient) of one forward and backward."""
+    model.zero_grad(set_to_none=True)
+    out = outputs_of(model, x, **kwargs)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    (out * weights + out.square()).float().sum().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, wanted, *, atol=1e-6):
+    """Outputs and gradients equal to a few roundings of float32."""
+    scale = max(1.0, float(wanted[0].abs().max()))
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=atol * scale)
+    assert found[1].keys() == wanted[1].keys() and wanted[1]
+    for name, grad in wanted[1].items():
+        assert float((found[1][name] - grad).abs().max()) <= 1e-5 * float(grad.abs().max()) + 1e-12, name
+
+
+def patched(model):
+    """A patched copy."""
+    return patch_peft(copy.deepcopy(model))
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What `lora_linear` was called with: the proof that the fast form ran."""
+    seen = []
+
+    def counting(x, weight, *args, **kwargs):
+        seen.append(tuple(weight.shape))
+        return lora_linear(x, weight, *args, **kwargs)
+
+    lora_linear = patching.lora_linear
+    monkeypatch.setattr(patching, "lora_linear", counting)
+    return seen
+
+
+# -- the same results ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+def test_outputs_and_gradients_are_pefts(kind, calls):
+    model, ids = causal_lm(kind)
+    wanted = run(model, ids)
+    fast = patched(model)
+    assert_same(run(fast, ids), wanted)
+    assert len(calls) == len(layers_of(model)) > 0
+    assert_same(run(unpatch_peft(fast), ids), wanted)
+    assert len(calls) == len(layers_of(model))
+
+
+@given(
+    st.lists(st.integers(0, 4), max_size=3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.booleans()
+)
+@settings(max_examples=25, deadline=None)
+def test_shapes(leading, width_in, width_out, rank, bias):
+    model = adapted(nn.Sequential(nn.Linear(width_in, width_out, bias=bias)), r=rank, target_modules=["0"])
+    x = torch.randn(*leading, width_in, requires_grad=True)
+    fast = patched(model)
+    wanted, found = model(x), fast(x)
+    grads = [torch.autograd.grad(y.square().sum(), [x, *(p for p in m.parameters() if p.requires_grad)])
+             for y, m in ((wanted, model), (found, fast))]  # fmt: skip
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_a_trained_base_gets_its_gradients():
+    model, x = toy()
+    model.requires_grad_(True)
+    wanted = run(model, x)
+    assert any("base_layer.weight" in name for name in wanted[1]) and any("base_layer.bias" in name for name in wanted[1])
+    assert_same(run(patched(model), x), wanted)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_pefts(half, autocast):
+    """Adapters are in float32, as peft makes them; the yardstick of gradients is peft with them in half precision too."""
+    model, x = toy(torch.float32 if autocast else half)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert parameter.dtype == torch.float32
+            parameter.data *= 0.4
+    reference = run(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", half):
+        yardstick = run(model, x)
+    with torch.autocast("cpu", half, enabled=autocast):
+        own, fast = run(model, x), run(patched(model), x)
+    assert fast[0].dtype == own[0].dtype and all(fast[1][name].dtype == torch.float32 for name in own[1])
+
+    def error(found, wanted):
+        return float((found.double() - wanted).norm() / wanted.norm())
+
+    assert error(fast[0], reference[0]) <= 1.2 * error(own[0], reference[0]) + 1e-6
+    for name, grad in reference[1].items():
+        assert error(fast[1][name], grad) <= 1.2 * error(yardstick[1][name], grad) + 1e-4, name
+
+
+def test_float64():
+    model, x = toy(torch.float64)
+    model.double()
+    assert_same(run(patched(model), x), run(model, x), atol=1e-12)
+
+
+# -- 4-bit weights -------------------------------------------------------------------------------------------------------
+
+
+def toy_4bit(compute=torch.bfloat16, stored=torch.bfloat16, kind="nf4", **options):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(2)
+    base = nn.Sequential(bnb.nn.Linear4bit(128, 64, compute_dtype=compute, quant_type=kind, **options)).to(stored)
+    base.is_loaded_in_4bit = True
+    model = adapted(base.to("cpu"), target_modules=["0"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.3
+    return model, torch.randn(3, 5, 128).to(stored)
+
+
+def dense(model):
+    """The same in float32, with the values that the 4 bits stand for."""
+    twin = adapted(nn.Sequential(nn.Linear(128, 64)), target_modules=["0"])
+    to, of = layers_of(twin)[0], layers_of(model)[0]
+    to.base_layer.weight.data = NF4Weight.from_bitsandbytes(of.base_layer.weight).dequantize(torch.bfloat16).float()
+    to.base_layer.bias.data = of.base_layer.bias.data.float()
+    to.lora_A.load_state_dict(of.lora_A.state_dict())
+    to.lora_B.load_state_dict(of.lora_B.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+def test_nf4_base(autocast, twice, monkeypatch):
+    """Against float64, no worse than peft with bitsandbytes; the yardstick of gradients is peft's all in bfloat16."""
+    model, x = toy_4bit(stored=torch.float32 if autocast else torch.bfloat16, compress_statistics=twice)
+    seen = []
+    monkeypatch.setattr(patching, "lora_gemm", lambda *args, **kwargs: seen.append(1) or lora_gemm(*args, **kwargs))
+    fast = patched(model)
+    assert type(layers_of(fast)[0]).__name__ == "FastLinear4bit"
+    reference = run(dense(model).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        yardstick = run(dense(model), x.float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        own, found = run(model, x), run(fast, x)
+    assert seen and found[0].dtype == own[0].dtype == x.dtype
+
+    def error(found, wanted):
+        return float((found.double() - wanted).norm() / wanted.norm())
+
+    assert error(found[0], reference[0]) <= 1.2 * error(own[0], reference[0]) + 1e-6
+    for name in own[1]:
+        assert error(found[1][name], reference[1][name]) <= 1.2 * error(yardstick[1][name], reference[1][name]) + 1e-4
+
+
+def test_an_adapter_wider_than_its_nf4_base_is_pefts():
+    model, x = toy_4bit(stored=torch.float32)
+    torch.testing.assert_close(patched(model)(x), model(x), rtol=0, atol=0)
+
+
+def test_masks_on_an_nf4_base():
+    model, x = toy_4bit()
+    model.add_adapter("second", LoraConfig(r=6, target_modules=["0"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    fast = patched(model)
+    row = torch.tensor([True, False, True])[:, None]
+    with torch.no_grad():
+        on, off = fast(x), plain(fast, x)
+        with adapter_mask(fast, row):
+            assert torch.equal(fast(x), torch.where(row[..., None], on, off))
+        with adapter_mask(fast, {"default": row, "second": ~row}):
+            both = fast(x)
+        for name, rows in (("default", row), ("second", ~row)):
+            fast.base_model.set_adapter(name)
+            torch.testing.assert_close(both[rows[:, 0]], fast(x)[rows[:, 0]], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"kind": "fp4"}, "4-bit weight of type fp4: 1"),
+        ({"compute": torch.float32}, "4-bit weight of torch.bfloat16, computed in torch.float32: 1"),
+    ],
+)
+def test_other_4bit_bases_are_pefts(options, why):
+    model, x = toy_4bit(**options)
+    torch.testing.assert_close(patched_with_warning(model, why)(x), model(x), rtol=0, atol=0)
+
+
+# -- peft's own operations -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_the_class_changes():
+    model, _ = causal_lm("qwen2")
+    before, keys = [type(layer) for layer in layers_of(model)], list(model.state_dict())
+    parameters = dict(model.named_parameters())
+    assert patch_peft(model) is model and patch_peft(patch_peft(model)) is model
+    assert all(isinstance(layer, PeftLinear) and type(layer).__name__ == "FastLinear" for layer in layers_of(model))
+    assert list(model.state_dict()) == keys
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert unpatch_peft(model) is model and unpatch_peft(model) is model
+    assert [type(layer) for layer in layers_of(model)] == before
+    assert not any("_fastppo_patch" in vars(layer) for layer in layers_of(model))
+
+
+def test_saving_and_loading(tmp_path):
+    model, ids = causal_lm("llama")
+    model.save_pretrained(tmp_path / "plain")
+    wanted = outputs_of(model, ids)
+    patch_peft(model).save_pretrained(tmp_path / "fast")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "fast" / name).read_bytes()
+    base = unpatch_peft(model).unload()
+    loaded = patch_peft(PeftModel.from_pretrained(base, tmp_path / "fast"))
+    torch.testing.assert_close(outputs_of(loaded, ids), wanted)
+    loaded.load_adapter(tmp_path / "plain", "second")  # into the patched model
+    loaded.set_adapter("second")
+    torch.testing.assert_close(outputs_of(loaded, ids), wanted)
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
+def test_copies_are_patched(how, tmp_path, calls):
+    model, x = toy()
+    fast = patched(model)
+    if how == "pickle":
+        fast = pickle.loads(pickle.dumps(fast))
+    elif how == "deepcopy":
+        fast = copy.deepcopy(fast)
+    else:
+        torch.save(fast, tmp_path / "model.pt")
+        fast = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert_same(run(fast, x), run(model, x))
+    assert len(calls) == 2
+    with adapter_mask(fast, torch.zeros(2, 5)):
+        torch.testing.assert_close(fast(x), plain(model, x))
+    assert len({id(layer._fastppo_patch) for layer in layers_of(fast)}) == 1
+
+
+def plain(model, x):
+    """The outputs without adapters."""
+    with model.disable_adapter(), torch.no_grad():
+        return outputs_of(model, x)
+
+
+def test_switching_adding_and_deleting_adapters(calls):
+    model, x = toy(rank_pattern={"up": 3}, alpha_pattern={"down": 5}, use_rslora=True)
+    fast = patched(model)
+    for each in (model, fast):
+        torch.manual_seed(5)
+        each.add_adapter("second", LoraConfig(r=6, target_modules=["up"], init_lora_weights=False))
+    assert_same(run(fast, x), run(model, x))
+    for names in ("second", "default", ["default", "second"], ["second", "default"]):
+        for each in (model, fast):
+            each.base_model.set_adapter(names)
+        calls.clear()
+        assert_same(run(fast, x), run(model, x))
+        assert len(calls) == (1 if names == "second" else 2)
+    torch.testing.assert_close(plain(fast, x), plain(model, x))
+    for each in (model, fast):
+        each.delete_adapter("default")
+        each.set_adapter("second")
+    assert_same(run(fast, x), run(model, x))
+
+
+def test_an_adapter_on_new_layers_needs_a_second_call():
+    model, x = toy(target_modules=["up"])
+    patch_peft(model)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False))
+    model.set_adapter("second")
+    before = run(model, x)
+    with pytest.raises(ValueError, match="not patched: Linear: 1"), adapter_mask(model, torch.ones(5)):
+        pass
+    assert_same(run(patch_peft(model), x), before)
+    with adapter_mask(model, torch.ones(5)):
+        assert_same(run(model, x), before)
+
+
+def test_merging_and_unmerging(calls):
+    model, x = toy()
+    fast = patched(model)
+    for each in (model, fast):
+        each.merge_adapter()
+    torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0)
+    assert not calls
+    for each in (model, fast):
+        each.unmerge_adapter()
+    assert_same(run(fast, x), run(model, x))
+    for each in (model, fast):
+        each.merge_adapter()
+    torch.testing.assert_close(plain(fast, x), plain(model, x))  # which unmerges
+    merged = fast.merge_and_unload()
+    assert type(merged.up) is nn.Linear
+    torch.testing.assert_close(merged(x), model(x))
+
+
+def test_adapter_names_in_a_batch():
+    model, ids = causal_lm("mistral")
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.eval()
+    names = ["second", "__base__", "default"]
+    with torch.no_grad():
+        wanted, found = (outputs_of(each, ids, adapter_names=names) for each in (model, patched(model)))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_modules_to_save():
+    model, ids = causal_lm("llama", target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    wanted = run(model, ids)
+    assert any("modules_to_save" in name for name in wanted[1])
+    assert_same(run(patched(model), ids), wanted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model, ids = causal_lm("qwen2")
+    wanted = run(model, ids)
+    fast = patched(model).train()
+    fast.enable_input_require_grads()
+    fast.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(run(fast, ids), wanted)
+
+
+def test_compile_in_one_graph_for_all_lengths():
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    model, _ = toy()
+    compiled = torch.compile(patched(model), fullgraph=True, dynamic=True, backend=graphs)
+    for length in (3, 8, 17):
+        x = torch.randn(2, length, 24)
+        out, grads = run(model, x)
+        assert_same(run(compiled, x), (out, {f"_orig_mod.{name}": grad for name, grad in grads.items()}))
+    assert graphs.frame_count == 1
+
+
+def test_transformers_own_adapters(calls):
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", VOCAB)).eval()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    ids = torch.randint(VOCAB, (2, 6))
+    wanted = run(model, ids)
+    assert_same(run(patch_peft(model), ids), wanted)
+    assert len(calls) == 4
+
+
+# -- what stays with peft ------------------------------------------------------------------------------------------------
+
+
+def patched_with_warning(model, match):
+    with pytest.warns(UserWarning, match=match) as caught:
+        fast = patched(model)
+    assert len(caught) == 1
+    return fast
+
+
+def test_dropout_is_pefts_in_training_mode_only(calls):
+    model, x = toy(lora_dropout=0.5)
+    fast = patched_with_warning(model, r"2 of 2 LoRA layers compute through peft \(lora_dropout > 0 \(in training mode\): 2\)")
+    results = []
+    for each in (model.train(), fast.train()):
+        torch.manual_seed(3)
+        results.append(run(each, x))
+    assert_same(results[1], results[0])
+    assert not calls
+    assert_same(run(fast.eval(), x), run(model.eval(), x))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("lora", "why"),
+    [
+        ({"use_dora": True}, "DoRA: 2"),
+        ({"lora_bias": True}, "lora_bias: 2"),
+        ({"alora_invocation_tokens": [1]}, "ALora: 2"),
+    ],
+)
+def test_variants_are_pefts(lora, why, calls):
+    model, x = toy(**lora)
+    fast = patched_with_warning(model, why)
+    assert_same(run(fast, x), run(model, x))
+    assert not calls
+
+
+def test_layers_of_other_kinds_are_pefts(calls):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.conv, self.head = nn.Embedding(11, 8), nn.Conv2d(1, 1, 1), nn.Linear(8, 3)
+
+        def forward(self, ids):
+            return self.head(self.conv(self.embedding(ids)[:, None])[:, 0])
+
+    torch.manual_seed(0)
+    model, ids = adapted(Mixed(), target_modules=["embedding", "conv", "head"]), torch.randint(11, (2, 4))
+    fast = patched_with_warning(model, r"2 of 3 .*layer Conv2d: 1, layer Embedding: 1")
+    assert_same(run(fast, ids), run(model, ids))
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="Conv2d: 1, Embedding: 1"), adapter_mask(fast, torch.ones(4)):
+        pass
+
+
+def test_a_base_that_is_more_than_a_linear_layer_is_pefts(calls):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, x = toy()
+    model.base_model.model.up.base_layer.__class__ = Doubled
+    fast = patched_with_warning(model, "1 of 2 .*base layer Doubled")
+    assert_same(run(fast, x), run(model, x))
+    assert calls == [(24, 40)]
+
+
+def test_hooks_are_not_passed_over(calls):
+    model, x = toy()
+    fast = patched(model)
+    handles = []
+    for each in (model, fast):
+        up, down = each.base_model.model.up, each.base_model.model.down
+        handles.append(up.base_layer.register_forward_hook(lambda module, args, output: output + 1))
+        handles.append(down.lora_A["default"].register_forward_pre_hook(lambda module, args: (args[0] * 2,)))
+    assert_same(run(fast, x), run(model, x))
+    assert not calls
+    for handle in handles:
+        handle.remove()
+    assert_same(run(fast, x), run(model, x))
+    assert len(calls) == 2
+
+
+def test_unknown_weights_are_pefts(calls):
+    class Packed(torch.Tensor):
+        pass
+
+    model, x = toy()
+    fast = copy.deepcopy(model)
+    for each in (model, fast):
+        layer = each.base_model.model.up.base_layer
+        layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed), requires_grad=False)
+    with pytest.warns(UserWarning, match=r"base weight Packed \(float32\): 1"):
+        patch_peft(fast)
+    torch.testing.assert_close(fast(x).as_subclass(torch.Tensor), model(x).as_subclass(torch.Tensor))
+    assert calls == [(24, 40)]
+
+
+def test_scales_in_tensors_are_pefts(calls):
+    model, x = toy()
+    fast = patched(model)
+    prepare_model_for_compiled_hotswap(fast, target_rank=6)
+    torch.testing.assert_close(fast(x), model(x))
+    assert not calls
+
+
+def test_wrong_dtypes_raise_what_peft_raises():
+    model, x = toy()
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(x.double())
+    with pytest.raises(RuntimeError, match="dtype"):
+        patched(model)(x.double())
+
+
+def test_no_warning_where_there_is_nothing_to_warn_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patched(toy()[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: "llama", "must be a torch.nn.Module, got str"),
+        (lambda: nn.Linear(2, 2), "must have LoRA layers made by peft, got none"),
+        (
+            lambda: get_peft_model(Toy(), IA3Config(target_modules=["up"], feedforward_modules=["up"])),
+            "must have LoRA layers made by peft, got ia3.layer.Linear",
+        ),
+    ],
+)
+def test_wrong_models(model, message):
+    for function in (patch_peft, unpatch_peft):
+        with pytest.raises(ValueError, match=message):
+            function(model())
+
+
+def test_a_class_changed_by_others_is_not_unpatched():
+    fast = patched(toy()[0])
+    layer = fast.base_model.model.up
+    layer.__class__ = type("Sharded", (type(layer),), {})
+    with pytest.raises(ValueError, match="changed since, to Sharded"):
+        unpatch_peft(fast)
+
+
+# -- adapters switched token by token ------------------------------------------------------------------------------------
+
+
+def test_policy_and_reference_rows_in_one_batch():
+    model, ids = causal_lm("llama")
+    ids = ids[:1].expand(2, -1)
+    fast = patched(model)
+    is_policy = torch.tensor([[True], [False]])
+    with adapter_mask(fast, is_policy):
+        found = run(fast, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(found[0][0], outputs_of(model, ids)[0])
+        torch.testing.assert_close(found[0][1], plain(model, ids)[1])
+    out = outputs_of(model, ids)  # the gradients are those of the policy's row alone
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    model.zero_grad()
+    (out * weights + out.square())[0].sum().backward()
+    for name, grad in found[1].items():
+        torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs_of(fast, ids), outputs_of(model, ids))  # and afterwards it is off again
+
+
+def test_rows_of_a_mask_generate_each_in_their_own_way():
+    model, ids = causal_lm("llama")
+    ids = ids[:1].expand(2, -1)
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    fast = patched(model)
+    with adapter_mask(fast, torch.tensor([[True], [False]])):
+        found = fast.generate(ids, **how)
+    with model.disable_adapter():
+        reference = model.generate(ids[:1], **how)
+    torch.testing.assert_close(found, torch.cat([model.generate(ids[:1], **how), reference]))
+    assert not torch.equal(found[0], found[1])
+
+
+def test_masks_of_tokens_and_of_named_adapters():
+    model, x = toy()
+    model.add_adapter("value", LoraConfig(r=6, target_modules=["up", "down"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "value"])
+    fast = patched(model).requires_grad_(False)
+
+    def only(*names):
+        if not names:
+            return plain(model, x)
+        model.base_model.set_adapter(list(names))
+        with torch.no_grad():
+            return model(x)
+
+    on, off = only("default", "value"), only()
+    token = torch.tensor([1.0, 0, 1, 0, 0])
+    for mask in (token, token[None], token.bool(), token.expand(2, 5)):
+        with adapter_mask(fast, mask):
+            torch.testing.assert_close(fast(x), torch.where(token.bool()[:, None], on, off))
+    row = torch.tensor([[True], [False]])
+    with adapter_mask(fast, {"default": row, "value": ~row}):
+        torch.testing.assert_close(fast(x), torch.where(row[..., None], only("default"), only("value")))
+        with adapter_mask(fast, {"value": row}):
+            torch.testing.assert_close(fast(x), torch.where(row[..., None], on, only("default")))
+        with adapter_mask(fast, {}):
+            torch.testing.assert_close(fast(x), on)
+        torch.testing.assert_close(fast(x)[1], only("value")[1])
+    with adapter_mask(fast, row[..., 0].repeat_interleave(5)), torch.no_grad():  # tokens flattened, as in packed batches
+        torch.testing.assert_close(fast(x.flatten(0, 1)).view(x.shape), torch.where(row[..., None], on, off))
+
+
+def test_a_broken_adapter_does_not_leak():
+    model, x = toy()
+    fast = patched(model)
+    with torch.no_grad():
+        fast.base_model.model.up.lora_B["default"].weight[3] = torch.nan
+    with adapter_mask(fast, torch.tensor([[0.0], [1.0]])):
+        out = fast(x)
+    assert torch.equal(out[0], plain(model, x)[0]) and out[1].isnan().any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_remember_their_mask(reentrant):
+    """Backward computes each layer again, after the context and after another forward with another mask."""
+    model, ids = causal_lm("qwen2")
+    fast = patched(model)
+    masks = torch.tensor([[1.0], [0], [1]]), torch.tensor([[0.0], [1], [1]])
+
+    def losses():
+        for mask in masks:
+            with adapter_mask(fast, mask):
+                yield outputs_of(fast, ids).square().sum()
+
+    def grads():
+        fast.zero_grad()
+        sum(losses()).backward()
+        return {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
+
+    wanted = grads()
+    fast.train().enable_input_require_grads()
+    fast.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    function = [m._gradient_checkpointing_func for m in fast.modules() if "_gradient_checkpointing_func" in vars(m)]
+    found = grads()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5)
+    assert function == [m._gradient_checkpointing_func for m in fast.modules() if "_gradient_checkpointing_func" in vars(m)]
+
+
+def test_a_compiled_model_takes_masks():
+    torch._dynamo.reset()
+    model, x = toy()
+    fast = patched(model)
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        on, off = compiled(x), plain(model, x)
+        for row in (torch.tensor([[True], [False]]), torch.tensor([[False], [True]])):
+            with adapter_mask(fast, row):
+                torch.testing.assert_close(compiled(x), torch.where(row[..., None], on, off))
+        torch.testing.assert_close(compiled(x), on)
+
+
+def test_a_copy_made_under_a_mask_is_free_of_it():
+    model, x = toy()
+    fast = patched(model)
+    with adapter_mask(fast, torch.zeros(5)):
+        copied = copy.deepcopy(fast)
+        torch.testing.assert_close(fast(x), plain(model, x))
+        torch.testing.assert_close(copied(x), model(x))
+
+
+def test_wrong_masks():
+    model, x = toy()
+    fast = patched(model)
+    for mask, message in [
+        ([1, 0], "mask must be a bool or floating-point tensor, got list"),
+        (torch.ones(5, dtype=torch.int64), "mask must be a bool or floating-point tensor, got torch.int64"),
+        ({"default": None}, "mask 'default' must be a bool or floating-point tensor, got NoneType"),
+        ({"policy": torch.ones(5)}, r"mask must name adapters of the model \(default\), got policy"),
+    ]:
+        with pytest.raises(ValueError, match=message), adapter_mask(fast, mask):
+            pass
+    with pytest.raises(ValueError, match=r"must broadcast .*\[2, 5\]\), got shape \[4\]"), adapter_mask(fast, torch.ones(4)):
+        fast(x)
+    with pytest.raises(ValueError, match=r"needs patch_peft\(model\) first"), adapter_mask(model, torch.ones(5)):
+        pass
+    torch.testing.assert_close(fast(x), model(x))  # an error leaves no mask behind
+
+
+def test_a_mask_is_never_ignored():
+    model, x = toy(lora_dropout=0.5)
+    fast = patched_with_warning(model, "dropout").train()
+    with pytest.raises(ValueError, match="computes through peft: lora_dropout > 0"), adapter_mask(fast, torch.ones(5)):
+        fast(x)
+    fast.eval().merge_adapter()
+    with pytest.raises(ValueError, match="adapters are merged"), adapter_mask(fast, torch.ones(5)):
+        fast(x)
+    fast.unmerge_adapter()
+    with adapter_mask(fast, torch.ones(5)):
+        torch.testing.assert_close(fast(x), model.eval()(x))
+        torch.testing.assert_close(plain(fast, x), plain(model, x))
