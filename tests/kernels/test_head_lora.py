@@ -4,14 +4,14 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from head_helpers import BACKENDS, HEADS, assert_norms_as_good, make_head, plain_head, round_to_bfloat16
+from exactness import assert_as_good
+from head_helpers import BACKENDS, HEADS, make_head, plain_head
 from helpers import DEVICE, TRITON_MARKS
 
 from fastppo_kernels import linear_logprob, linear_ppo_loss, token_logprob
 
 pytestmark = TRITON_MARKS
 poisoned = helpers.poisoned
-rounding = round_to_bfloat16
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -53,7 +53,7 @@ def test_errors_of_all_gradients_are_at_most_those_of_the_plain_head(op, dtypes,
         return [value.detach().reshape(1), *torch.autograd.grad(value, leaves)]
 
     found = gradients(ours, leaves), gradients(plainly, leaves), gradients(plainly, start)
-    assert_norms_as_good(*(values[1:] for values in found), 1e-6)
+    assert_as_good(*(values[1:] for values in found), 1e-6)
 
 
 def test_gradcheck_of_the_twins_with_adapter_bias_and_shared_rows():

@@ -6,7 +6,7 @@ import sys
 import helpers
 import pytest
 import torch
-from head_helpers import BACKENDS, HEADS, INF, make_head, plain, round_to_bfloat16, with_gradient
+from head_helpers import BACKENDS, HEADS, INF, make_head, plain, with_gradient
 from helpers import DEVICE, TRITON_MARKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +15,6 @@ from fastppo_kernels import linear_logprob, linear_ppo_loss, token_logprob
 
 pytestmark = TRITON_MARKS
 poisoned = helpers.poisoned
-rounding = round_to_bfloat16
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

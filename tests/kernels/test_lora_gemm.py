@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import helpers
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_as_good
 from helpers import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,37 +21,6 @@ poisoned = helpers.poisoned
 PROCESSORS = "fastppo_kernels._triton_lora_gemm._processors"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bfloat16():
-    """Triton's interpreter cuts float32 off to bfloat16, and multiplies matrices of bfloat16 as those of its bits."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu" and sys.platform == "linux":
-            import triton.language as tl
-            from triton.runtime import interpreter
-
-            convert, multiply = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-            def rounded(data, source, target, mode):
-                if (source, target) != (tl.float32, tl.bfloat16):
-                    return convert(data, source, target, mode)
-                bits = torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16)
-                return bits.numpy().view(np.uint16)
-
-            def widened(handle):
-                if handle.dtype.scalar != tl.bfloat16:
-                    return handle
-                data = (handle.data.astype(np.uint32) << 16).view(np.float32)
-                return interpreter.TensorHandle(data, tl.float32)
-
-            patch.setattr(interpreter, "_convert_float", rounded)
-            patch.setattr(
-                interpreter.InterpreterBuilder,
-                "create_dot",
-                lambda self, a, b, d, *rest: multiply(self, widened(a), widened(b), d, *rest),
-            )
-        yield
 
 
 def operands(M, N, K, R, transposed=False, dtype=torch.float32, adapter=None, seed=0):
@@ -76,24 +45,6 @@ def exact(x, weight, A, B, scale, bias=None, factor=None, s=None, transposed=Fal
         weight, A, B = weight.t(), B.t(), A.t()
     s = scale * (1.0 if factor is None else factor.double()) * (x @ A.t()) if s is None else s.double()
     return x @ weight.t() + (0.0 if bias is None else bias.double()) + s @ B.t(), s
-
-
-def assert_as_good(ours, twin, truth, slack=1e-6) -> None:
-    """The error is at most that of the torch form times 1.2, plus a tiny part of the largest value.
-
-    Its root mean square, that is: of two largest errors of one rounding each, chance has one 1.2 times the other. The largest
-    is held to twice that; of few values, where chance has more to say, to one rounding more.
-    """
-    for mine, theirs, value in zip(ours, twin, truth, strict=True):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape == value.shape
-        if not value.numel():
-            continue
-        error, allowed, largest = mine - value, theirs - value, value.abs().max()
-        few = value.numel() < 256
-        if not few:
-            assert error.square().mean().sqrt() <= 1.2 * allowed.square().mean().sqrt() + slack * largest
-        rounding = torch.finfo(mine.dtype).eps / 2 if few else 0.0
-        assert error.abs().max() <= 2 * allowed.abs().max() + (slack + rounding) * largest
 
 
 @linux

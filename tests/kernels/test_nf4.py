@@ -7,10 +7,11 @@ import sys
 import helpers
 import pytest
 import torch
+from exactness import assert_as_good
 from helpers import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lora_gemm import PROCESSORS, assert_as_good, bfloat16, exact, operands  # noqa: F401
+from test_lora_gemm import PROCESSORS, exact, operands
 
 from fastppo_kernels.lora_gemm import NF4_CODE, NF4Weight, lora_gemm
 

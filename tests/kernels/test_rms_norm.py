@@ -1,20 +1,18 @@
 """RMS normalisation and the buffer it writes for LoRA: torch form, Triton kernels, plain float64."""
 
 import helpers
-import interpreter
 import pytest
 import torch
+from exactness import assert_as_good, assert_rounded_once
 from helpers import DEVICE, TRITON_MARKS, assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import assert_as_good, assert_rounded_once
 from torch import Tensor
 
 from fastppo_kernels.rms_norm import rms_norm, rms_norm_lora
 
 pytestmark = TRITON_MARKS
 poisoned = helpers.poisoned
-exact_bfloat16 = interpreter.exact_bfloat16
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]

@@ -1,20 +1,18 @@
 """Rotary embedding: torch form, Triton kernel (interpreted without a GPU), Hugging Face's functions, plain float64."""
 
 import helpers
-import interpreter
 import pytest
 import torch
+from exactness import assert_as_good
 from helpers import DEVICE, TRITON_MARKS, assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import assert_as_good
 from torch import Tensor
 
 from fastppo_kernels.rope import rope
 
 pytestmark = TRITON_MARKS
 poisoned = helpers.poisoned
-exact_bfloat16 = interpreter.exact_bfloat16
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

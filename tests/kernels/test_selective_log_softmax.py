@@ -3,7 +3,7 @@
 import helpers
 import pytest
 import torch
-from head_helpers import BACKENDS, round_to_bfloat16
+from head_helpers import BACKENDS
 from helpers import DEVICE, TRITON_MARKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +13,6 @@ from fastppo_kernels.token_logprob import selective_log_softmax
 
 pytestmark = TRITON_MARKS
 poisoned = helpers.poisoned
-rounding = round_to_bfloat16
 
 
 @pytest.fixture(scope="module")

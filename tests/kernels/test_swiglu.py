@@ -1,14 +1,13 @@
 """SwiGLU and the buffers it writes for LoRA: torch form, Triton kernels (interpreted without a GPU), plain float64."""
 
 import helpers
-import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_as_good, assert_rounded_once
 from helpers import DEVICE, TRITON_MARKS, assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import assert_as_good, assert_rounded_once
 from test_rms_norm import DTYPES, HALF, check_buffer, force_tile, lora_arguments, plain_columns, tiles
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from fastppo_kernels.swiglu import swiglu, swiglu_backward_lora, swiglu_lora
 
 pytestmark = TRITON_MARKS
 poisoned = helpers.poisoned
-exact_bfloat16 = interpreter.exact_bfloat16
 
 GRADIENT_TILES = [tile for tile in tiles() if tile is None or tile[1] <= 64]
 

@@ -4,14 +4,13 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_as_good
 from head_helpers import (
     BACKENDS,
     HEADS,
     INF,
-    assert_as_good,
     make_head,
     plain,
-    round_to_bfloat16,
     with_gradient,
 )
 from helpers import DEVICE, TRITON_MARKS
@@ -22,7 +21,6 @@ from fastppo_kernels import linear_logprob, linear_ppo_loss, token_logprob
 
 pytestmark = TRITON_MARKS
 poisoned = helpers.poisoned
-rounding = round_to_bfloat16
 KL = [None, "k1", "clamped_k1", "k2", "k3", "jensen_shannon"]
 
 

@@ -1,5 +1,7 @@
 """Policy, reference and critic on one base: who computes with what, and whom a loss reaches."""
 
+import importlib
+
 import pytest
 import torch
 from engine import make_model, random_prompts, relative, same, spread_adapter, tiny_folder
@@ -12,6 +14,7 @@ from fastppo.algorithms.optim import make_optimizer, optimizer_state
 from fastppo.batch.token_tree import build_tree
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import CRITIC, POLICY, REFERENCE
+from fastppo_kernels import unpatch_peft
 
 
 def make_tree(seed=0):
@@ -55,6 +58,29 @@ def test_reference_is_the_base_bit_for_bit(kind):
     assert not torch.equal(model.policy_logprob(tree, temperature=1.0)[0].detach(), expected)
     assert torch.equal(model.reference_logprob(tree, temperature=1.0), expected)
     assert same(base, {name: p for name, p in model.peft.named_parameters() if "lora_" not in name})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_compute_as_in_peft(kind, monkeypatch):
+    """The model's LoRA layers run through fastppo_kernels; without that, values and gradients are the same to rounding."""
+    module = importlib.import_module("fastppo_kernels.lora_linear")
+    monkeypatch.setattr(module, "_SMALL_WORK", 0)  # tiny as the model is, not the composition that peft has, too
+    calls = []
+    monkeypatch.setattr(module._lora_ops, "backward", lambda *a, real=module._lora_ops.backward: calls.append(1) or real(*a))
+    tree, found = make_tree(), []
+    for patched in (True, False):
+        model = make_model(kind)
+        if not patched:
+            unpatch_peft(model.peft)
+        before = len(calls)
+        scores = model.forward(tree, temperature=1.0)
+        (scores.logprob.square().sum() + scores.entropy.sum()).backward()
+        assert (len(calls) > before) == patched
+        found.append((scores, grads(model, POLICY)))
+    (ours, our_grads), (peft, peft_grads) = found
+    assert relative(ours.logprob.detach(), peft.logprob.detach()) < 1e-6
+    for name, gradient in peft_grads.items():
+        assert relative(our_grads[name], gradient) < 1e-5, name
 
 
 def test_reference_start_is_a_frozen_copy():
