@@ -1,25 +1,29 @@
 """Check every op of `fastppo_kernels` on this machine's GPU.
 
-    python -m bench.gpu --check [--only TEXT ...] [--out FILE] [--device cuda|cpu]
+    python -m bench.gpu --check [--minutes N] [--only TEXT ...] [--out FILE] [--device cuda|cpu]
 
 For each op, in each dtype it takes: the error against float64 (at most 1.2 times the torch form's), the same bits in 20 runs,
 no synchronisation with the host, a CUDA graph replayed with new inputs, torch.compile as one graph, and compute-sanitizer
-(memcheck, racecheck) where it is installed. Prints one line a case, keeps all figures as JSON after each, and exits with 1
-where anything fails, with 2 where there is no GPU. `--device cpu` runs small forms of the same cases through triton's
-interpreter: that checks the checks, and the arithmetic, not the compiled kernels.
+(memcheck, racecheck) where it is installed. Every op comes once before any comes again, in other sizes. Prints one line a case,
+keeps all figures as JSON after each, and stops after N minutes (default 9): the same command then goes on with what is missing,
+as long as neither the sources nor the machine have changed. A case that takes the GPU's context or the process with it fails;
+the others run in a new process. The exit status is 1 where anything fails, 2 where there is no GPU, 3 where cases are left.
+`--device cpu` runs small forms of the same cases through triton's interpreter: that checks the checks, and the arithmetic, not
+the compiled kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 import time
-import traceback
-import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -31,11 +35,12 @@ import torch
 from fastppo.files import write_json
 
 from .gpu_checks.case import Case
-from .gpu_checks.checks import CHECKS, Outcome, Sanitizer
+from .gpu_checks.checks import Outcome, Sanitizer
 from .gpu_checks.interpreter import exact_bfloat16
+from .gpu_checks.worker import Outcomes, in_processes, in_this_process
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_CPU = ("error", "determinism", "compile")
+MINUTES = 9.0
 
 
 def _output(*command: str) -> str | None:
@@ -52,6 +57,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _sources() -> str:
+    """A digest of the ops and their checks: figures of others are not theirs."""
+    digest = hashlib.sha256()
+    for folder in (ROOT / "kernels" / "fastppo_kernels", ROOT / "bench" / "gpu_checks"):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What figures mean nothing without."""
     found: dict[str, Any] = {
@@ -59,7 +73,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "fastppo")}
         | {"python": platform.python_version(), "cuda": torch.version.cuda},
         "commit": _output("git", "rev-parse", "HEAD"),
-        "changed": bool(_output("git", "status", "--porcelain")),
+        "changed": bool(_output("git", "status", "--porcelain", "--", "kernels", "bench/*.py")),
+        "sources": _sources(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -70,23 +85,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _checked(name: str, case: Case, device: torch.device, small: bool) -> Outcome:
-    """A check that raises is a check that fails."""
-    try:
-        with warnings.catch_warnings():  # of NaN that these cases are about, of what torch.compile ignores
-            warnings.simplefilter("ignore")
-            return CHECKS[name](case, device, small=small)
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        text = f"{name}: {type(error).__name__}: {lines[0] if lines else ''}"
-        return Outcome(False, text, {"traceback": traceback.format_exc()})
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _line(name: str, outcomes: dict[str, Outcome]) -> str:
-    mark = "ok  " if all(outcome.ok for outcome in outcomes.values()) else "FAIL"
+def _line(name: str, outcomes: Outcomes) -> str:
+    mark = "left" if "memory" in outcomes else "ok  " if all(outcome.ok for outcome in outcomes.values()) else "FAIL"
     return f"{mark}  {name:<64} {' | '.join(outcome.text for outcome in outcomes.values())}"
 
 
@@ -94,49 +94,82 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
     return {"ok": outcome.ok, "text": outcome.text, "figures": outcome.figures}
 
 
-def check(cases: list[Case], device: torch.device, out: Path) -> int:
-    """Run the checks of these cases and write what came out to `out`; how many cases fail."""
-    on_cpu, started = device.type == "cpu", time.monotonic()
-    report: dict[str, Any] = {"command": "check", "started": datetime.now(UTC).isoformat(timespec="seconds")}
-    report |= {"machine": machine(device), "complete": False, "cases": {}}
-    program = None if on_cpu else Sanitizer.program()
-    small_cases = [case for case in cases if case.small is not None]
-    sanitizers = [Sanitizer(program, tool, small_cases) for tool in Sanitizer.TOOLS if small_cases] if program else []
-    failed = set()
+def _begun(out: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """The report of an earlier run of the same sources on the same machine, or a new one."""
+    new = {"command": "check", "started": datetime.now(UTC).isoformat(timespec="seconds"), "machine": here, "seconds": 0.0}
+    new |= {"complete": False, "cases": {}, "sanitizer": {tool: {} for tool in Sanitizer.TOOLS}}
     try:
-        for case in cases:
-            if not on_cpu and case.gibibytes * 2**30 > torch.cuda.mem_get_info(device)[0]:
-                print(f"left  {case.name:<64} needs {case.gibibytes:g} GiB of free GPU memory", flush=True)
-                report["cases"][case.name] = {"left_out": "memory"}
-                continue
-            names = [name for name in case.checks if not on_cpu or name in ON_CPU]
-            outcomes = {name: _checked(name, case, device, on_cpu) for name in names}
-            if not all(outcome.ok for outcome in outcomes.values()):
-                failed.add(case.name)
-            print(_line(f"{case.name}{' (small)' if on_cpu else ''}", outcomes), flush=True)
-            report["cases"][case.name] = {name: _plain(outcome) for name, outcome in outcomes.items()}
-            write_json(out, report)
-        for sanitizer in sanitizers:
-            wrong = {name: outcome for name, outcome in sanitizer.outcomes().items() if not outcome.ok}
-            for case in sanitizer.cases:
-                report["cases"][case.name][sanitizer.tool] = _plain(
-                    wrong.get(case.name, Outcome(True, f"{sanitizer.tool} ok", {}))
-                )
+        old = json.loads(out.read_text(encoding="utf-8"))
+        same = all(old["machine"][name] == here[name] for name in ("device", "versions", "sources"))
+        return old if same and not old["complete"] and old.keys() >= new.keys() else new
+    except (OSError, ValueError, LookupError, TypeError):
+        return new
+
+
+def check(cases: list[Case], device: torch.device, out: Path, minutes: float) -> tuple[int, int]:
+    """Run the checks of these cases and write what came out to `out`; (how many cases fail, how many are left)."""
+    on_cpu, begun = device.type == "cpu", time.monotonic()
+    deadline = begun + 60 * minutes
+    report = _begun(out, machine(device))
+    before = report["seconds"]
+    done, names = report["cases"], {case.name for case in cases}
+    todo = [case for case in cases if case.name not in done]
+    if len(todo) < len(cases):
+        print(f"{len(cases) - len(todo)} cases are in {out}")
+    program = None if on_cpu else Sanitizer.program()
+
+    def keep() -> None:
+        report["seconds"] = round(before + time.monotonic() - begun, 1)
+        write_json(out, report)
+
+    sanitizers = []
+    for tool, found in report["sanitizer"].items():
+        small = [case for case in cases if case.small is not None and case.name not in found]
+        if program and small:
+            sanitizers.append(Sanitizer(program, tool, small))
+    try:
+        for name, outcomes in _outcomes(todo, device, deadline):
+            print(_line(f"{name}{' (small)' if on_cpu else ''}", outcomes), flush=True)
+            done[name] = {check: _plain(outcome) for check, outcome in outcomes.items()}
+            keep()
+        for sanitizer in sanitizers:  # which may grow by others
+            found = sanitizer.outcomes(deadline)
+            rest = [case for case in sanitizer.cases if case.name not in found]
+            if found and rest and time.monotonic() < deadline:  # it ended in one of them
+                assert program is not None
+                sanitizers.append(Sanitizer(program, sanitizer.tool, rest))
+            report["sanitizer"][sanitizer.tool] |= {name: _plain(outcome) for name, outcome in found.items()}
+            wrong = {name: outcome for name, outcome in found.items() if not outcome.ok}
             for name, outcome in wrong.items():
                 print(f"FAIL  {name:<64} {outcome.text}", flush=True)
-            if not wrong:
-                print(f"ok    {sanitizer.tool}, {len(sanitizer.cases)} cases", flush=True)
-            failed |= set(wrong)
-            write_json(out, report)
+            print(f"{'FAIL' if wrong else 'ok  '}  {sanitizer.tool}: {len(found)} cases, {len(wrong)} with errors", flush=True)
+            keep()
     finally:
         for sanitizer in sanitizers:
             sanitizer.stop()
-    report |= {"complete": True, "seconds": round(time.monotonic() - started, 1)}
-    write_json(out, report)
+    bad = {name for name in names if not all(outcome["ok"] for outcome in done.get(name, {}).values())}
+    left = {case.name for case in cases if case.name not in done}
+    for found in report["sanitizer"].values():
+        bad |= {name for name in names if name in found and not found[name]["ok"]}
+        left |= {case.name for case in cases if program and case.small is not None and case.name not in found}
+    report["complete"] = not left
+    keep()
     if not on_cpu and not program:
         print("compute-sanitizer is not installed: memory errors and races were not looked for")
-    print(f"{len(cases)} cases, {len(failed)} failed, {report['seconds']:.0f} s; figures in {out}")
-    return len(failed)
+    print(f"{len(cases)} cases, {len(bad)} failed, {len(left)} left, {report['seconds']:.0f} s; figures in {out}")
+    if left:
+        print("the same command goes on with those that are left")
+    return len(bad), len(left)
+
+
+def _outcomes(cases: list[Case], device: torch.device, deadline: float) -> Iterator[tuple[str, Outcomes]]:
+    if device.type == "cuda":
+        yield from in_processes([case.name for case in cases], deadline)
+        return
+    for name, outcomes in in_this_process(cases, device):
+        yield name, outcomes
+        if time.monotonic() > deadline:
+            return
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", required=True, help="check that the ops are right")
+    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="N", help=f"stop after that (default: {MINUTES:g})")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/check-DEVICE.json")
@@ -166,7 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", machine(device)["device"].lower()).strip("-") if args.device == "cuda" else "cpu"
     out = args.out or ROOT / "bench" / "results" / f"check-{name}.json"
     with exact_bfloat16() if args.device == "cpu" else nullcontext():
-        return int(check(chosen, device, out) > 0)
+        failed, left = check(chosen, device, out, args.minutes)
+    return 1 if failed else 3 if left else 0
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from .case import Case
 
 
 def cases() -> list[Case]:
-    """Every case, in the order in which they are checked."""
+    """Every case, in the order in which they are checked: what must work first, each op once before any comes again."""
     from . import heads, layers, lora, losses, models, trees
 
-    return [case for module in (heads, losses, lora, layers, trees, models) for case in module.cases()]
+    found = [case for module in (heads, losses, lora, layers, trees, models) for case in module.cases()]
+    first = {case.ops: case for case in reversed(found)}
+    return sorted(found, key=lambda case: case is not first[case.ops])
 
 
 __all__ = ["Case", "cases"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -175,14 +176,14 @@ def check_compile(case: Case, device: torch.device, *, small: bool) -> Outcome:
     return Outcome(not wrong, f"compiled differs in {', '.join(wrong)}" if wrong else "compiled equal", found)
 
 
-CHECKS = {"error": check_error, "determinism": check_determinism, "graph": check_graph, "compile": check_compile}
+# In this order: what a graph leaves behind where it cannot be made must not spoil another check.
+CHECKS = {"error": check_error, "determinism": check_determinism, "compile": check_compile, "graph": check_graph}
 
 
 class Sanitizer:
     """compute-sanitizer over the small form of cases, in a process beside the other checks."""
 
     TOOLS = ("memcheck", "racecheck")
-    SECONDS = 400
 
     def __init__(self, program: str, tool: str, cases: list[Case]) -> None:
         self.tool, self.cases = tool, cases
@@ -201,16 +202,22 @@ class Sanitizer:
         usual = "/usr/local/cuda/bin/compute-sanitizer"
         return shutil.which("compute-sanitizer") or (usual if os.access(usual, os.X_OK) else None)
 
-    def outcomes(self) -> dict[str, Outcome]:
-        """By name of the case. Waits for the process, up to SECONDS."""
+    def outcomes(self, deadline: float) -> dict[str, Outcome]:
+        """By name of the case. Waits for the process until `deadline` (of `time.monotonic`). What it is at by then is not
+        there, nor what it did not come to, unless it came to nothing at all."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(self.SECONDS)
+            self.process.wait(max(deadline - time.monotonic(), 0))
+        stopped = self.process.poll() is None
         self.stop()
         self.output.seek(0)
+        text = self.output.read()
+        names = [case.name for case in self.cases]
+        begun = re.findall(r"^== (.+)$", text, flags=re.M)
+        if begun or stopped:
+            names = begun[:-1] if stopped else begun
         # Libraries' kernels synchronise in ways that racecheck does not know.
         kernels = our_kernels() if self.tool == "racecheck" else None
-        names = [case.name for case in self.cases]
-        return read_sanitizer(self.output.read(), self.process.returncode, self.tool, names, kernels)
+        return read_sanitizer(text, self.process.returncode, self.tool, names, kernels)
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo_kernels import linear_logprob, linear_ppo_loss, sample, token_logprob
+from fastppo_kernels import linear_logprob, linear_ppo_loss, sample, selective_log_softmax, token_logprob
+from fastppo_kernels.sample import linear_sample
 
 from .case import Case, Inputs, Results, randint, randn
 
@@ -24,6 +25,12 @@ def _token_logprob(inputs: Inputs, backend: Any, **how) -> Results:
     logits = inputs["logits"] * 1 if how.get("inplace") else inputs["logits"]
     logprob, entropy = token_logprob(logits, inputs["targets"], backend=backend, **how)
     return {"logprob": logprob, "entropy": entropy}
+
+
+def _selective(inputs: Inputs, backend: Any) -> Results:
+    """Of three tokens a row, as TRL's DPO takes them of one."""
+    index = torch.stack([inputs["targets"], inputs["targets"] // 2, inputs["targets"] // 3], -1)
+    return {"logprob": selective_log_softmax(inputs["logits"], index, temperature=0.7, backend=backend)}
 
 
 def _rows_far_out(device: torch.device, dtype: torch.dtype, seed: int, *, rows: int, vocab: int) -> Inputs:
@@ -55,6 +62,8 @@ def _head(
         "hidden": randn(device, seed, rows, hidden, dtype=dtype),
         "weight": randn(device, seed + 1, vocab, hidden, scale=3 * hidden**-0.5, dtype=dtype),
         "bias": randn(device, seed, vocab, dtype=dtype),
+        "lora_A": randn(device, seed + 6, 16, hidden, scale=hidden**-0.5, dtype=dtype),
+        "lora_B": randn(device, seed + 7, vocab, 16, scale=0.25, dtype=dtype),
         "targets": randint(device, seed, vocab, count),
         "advantages": randn(device, seed + 2, count),
         "mask": randint(device, seed + 3, 8, count) > 0,
@@ -71,9 +80,10 @@ def _head(
 
 
 def _linear_logprob(
-    inputs: Inputs, backend: Any, *, bias: bool = False, argmax: bool = False, exact: bool = False, **how
+    inputs: Inputs, backend: Any, *, bias: bool = False, lora: bool = False, argmax: bool = False, exact: bool = False, **how
 ) -> Results:
     weight = inputs["weight"]
+    how |= _adapter(inputs) if lora else {}
     found: tuple[Tensor, ...] = linear_logprob(
         inputs["hidden"], weight, inputs["targets"], rows_A=inputs["rows"], bias=inputs["bias"] if bias else None,
         logits_dtype=torch.float32 if exact and weight.dtype != torch.float64 else None, argmax=argmax, backend=backend,
@@ -82,8 +92,15 @@ def _linear_logprob(
     return dict(zip(("logprob", "entropy", "argmax"), found, strict=False))
 
 
-def _linear_ppo_loss(inputs: Inputs, backend: Any, *, bias: bool = False, exact: bool = False, **how) -> Results:
+def _adapter(inputs: Inputs) -> dict[str, Any]:
+    return {"lora_A": inputs["lora_A"], "lora_B": inputs["lora_B"], "lora_scale": 2.0}
+
+
+def _linear_ppo_loss(
+    inputs: Inputs, backend: Any, *, bias: bool = False, lora: bool = False, exact: bool = False, **how
+) -> Results:
     weight = inputs["weight"]
+    how |= _adapter(inputs) if lora else {}
     if backend == "torch":
         how.pop("chunk_rows", None)  # what is too large for a chunk of float64
     loss, metrics, logprob, entropy = linear_ppo_loss(
@@ -92,6 +109,18 @@ def _linear_ppo_loss(inputs: Inputs, backend: Any, *, bias: bool = False, exact:
         kl_coef=0.1, logits_dtype=torch.float32 if exact and weight.dtype != torch.float64 else None, backend=backend, **how,
     )  # fmt: skip
     return {"loss": loss, "logprob": logprob, "entropy": entropy} | metrics
+
+
+def _ratio(inputs: Inputs, backend: Any) -> Results:
+    """How far the first update's ratio is from 1, with old log-probs of `linear_logprob`: not at all, in no bit."""
+    head = inputs["hidden"], inputs["weight"], inputs["targets"]
+    how = {"rows_A": inputs["rows"], "bias": inputs["bias"], "temperature": 0.7, "chunk_rows": 500, "backend": backend}
+    how |= _adapter(inputs)
+    with torch.no_grad():
+        old = linear_logprob(*head, **how)[0]
+    _, metrics, logprob, _ = linear_ppo_loss(*head, old, inputs["advantages"], **how)
+    found = {"logprob": logprob - old, "ratio": metrics["ratio_sum"] - len(old), "ratio_max": metrics["ratio_max"] - 1}
+    return found | {"kl": metrics["approx_kl_sum"]}
 
 
 def _sum_slack(name: str, inputs: Inputs, *, exact: bool = False) -> float:
@@ -119,6 +148,22 @@ def _sample(inputs: Inputs, backend: Any, **how) -> Results:
     return {"token": token, "logprob": logprob}
 
 
+def _rollout(device: torch.device, dtype: torch.dtype, seed: int, *, rows: int, hidden: int, vocab: int) -> Inputs:
+    return _head(device, dtype, seed, rows=rows, hidden=hidden, vocab=vocab) | {
+        "ids": randint(device, seed, 1 << 40, rows),
+        "steps": randint(device, seed, 4096, rows),
+    }
+
+
+def _linear_sample(inputs: Inputs, backend: Any, *, bias: bool = False, lora: bool = False, **how) -> Results:
+    how |= _adapter(inputs) if lora else {}
+    token, logprob = linear_sample(
+        inputs["hidden"], inputs["weight"], bias=inputs["bias"] if bias else None, sequence_ids_B=inputs["ids"],
+        step_B=inputs["steps"], seed=77, backend=backend, **how,
+    )  # fmt: skip
+    return {"token": token, "logprob": logprob}
+
+
 def cases() -> list[Case]:
     token, linear, ppo = ("token_logprob",), ("linear_logprob",), ("linear_ppo_loss",)
     small_head = partial(_head, rows=20, hidden=32, vocab=1030)
@@ -128,7 +173,7 @@ def cases() -> list[Case]:
     )
     whole = partial(_head, rows=1021, hidden=3584, vocab=152064)
     small_draws = partial(_draws, rows=4, vocab=1030)
-    everything = {"temperature": 0.7, "softcap": 30.0}
+    everything, chunks = {"temperature": 0.7, "softcap": 30.0}, {"chunk_rows": 100}
     return [
         Case(
             "token_logprob 4093 x 152064",
@@ -156,6 +201,14 @@ def cases() -> list[Case]:
             ("logits",),
             partial(_logits, rows=0, vocab=1000),
             checks=("error",),
+        ),
+        Case(
+            "selective_log_softmax 1000 x 50257, 3 tokens a row",
+            ("selective_log_softmax",),
+            partial(_logits, rows=1000, vocab=50257),
+            _selective,
+            ("logits",),
+            partial(_logits, rows=5, vocab=5003),
         ),
         Case(
             "token_logprob past 2^31 entries",
@@ -186,6 +239,16 @@ def cases() -> list[Case]:
             dtypes=_HALF,
         ),
         Case(
+            "linear_logprob with an adapter",
+            linear,
+            shared,
+            partial(_linear_logprob, lora=True, chunk_rows=500),
+            ("hidden", "lora_A", "lora_B"),
+            small_shared,
+            roundings=2,
+        ),
+        Case("ratio is exactly 1", ("linear_logprob", "linear_ppo_loss"), shared, _ratio, (), small_shared),
+        Case(
             "linear_logprob 0 rows",
             linear,
             partial(_head, rows=0, hidden=64, vocab=1000),
@@ -201,6 +264,16 @@ def cases() -> list[Case]:
             _linear_ppo_loss,
             ("hidden",),
             small_head,
+            slack=_sum_slack,
+        ),
+        Case(
+            "linear_ppo_loss with an adapter",
+            ppo,
+            shared,
+            partial(_linear_ppo_loss, lora=True, bias=True, chunk_rows=500),
+            ("hidden", "lora_A", "lora_B"),
+            small_shared,
+            roundings=2,
             slack=_sum_slack,
         ),
         Case(
@@ -257,6 +330,22 @@ def cases() -> list[Case]:
                 ("greedy", {"temperature": 0.0}),
                 ("all tokens", {}),
                 ("top-k and top-p", {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
+            )
+        ),
+        *(
+            Case(
+                f"linear_sample {name}",
+                ("linear_sample",),
+                partial(_rollout, rows=256, hidden=3584, vocab=152064),
+                partial(_linear_sample, **how),
+                (),
+                partial(_rollout, rows=5, hidden=32, vocab=1030),
+                keyed_by="token",
+                ties=0.02,
+            )
+            for name, how in (
+                ("256 x 3584 x 152064", {"temperature": 0.7}),
+                ("bias, adapter, softcap, top-k", {"bias": True, "lora": True, "softcap": 30.0, "top_k": 50} | chunks),
             )
         ),
         Case("sample 70000 rows", ("sample",), partial(_draws, rows=70000, vocab=1000), _sample, keyed_by="token", ties=0.01),

@@ -1,11 +1,11 @@
 """Cases of the ops on numbers per token: losses, advantages, whitening."""
 
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from fastppo_kernels import gae, ppo_loss, ppo_policy_loss, ppo_value_loss, whiten
+from fastppo_kernels import KLEstimator, gae, ppo_loss, ppo_policy_loss, ppo_value_loss, reduce_metrics, sampled_kl, whiten
 
 from .case import Case, Inputs, Results, randint, randn
 
@@ -44,6 +44,22 @@ def _both(inputs: Inputs, backend: Any, **how) -> Results:
     given = {name: inputs[name] for name in (*_POLICY, *_VALUE)}
     loss, metrics = ppo_loss(**given, mask=inputs["mask"], entropy_coef=0.01, kl_coef=0.1, backend=backend, **how)
     return {"loss": loss} | metrics
+
+
+def _parts(inputs: Inputs, backend: Any) -> Results:
+    """Metrics of a batch from its halves."""
+    half = inputs["logprob"].numel() // 2
+    halves = []
+    for part in (slice(None, half), slice(half, None)):
+        given = {name: inputs[name][part] for name in (*_POLICY, *_VALUE)}
+        halves.append(ppo_loss(**given, mask=inputs["mask"][part], backend=backend)[1])
+    return reduce_metrics(halves)
+
+
+def _kl(inputs: Inputs, backend: Any, *, estimator: Any) -> Results:
+    """Of torch's operations alone: nothing but that they need no host."""
+    logprob, reference = (torch.nan_to_num(inputs[name]) for name in ("logprob", "ref_logprob"))
+    return {"kl": sampled_kl(logprob, reference, estimator)}
 
 
 def _sum_slack(name: str, inputs: Inputs) -> float:
@@ -141,6 +157,19 @@ def cases() -> list[Case]:
             ("logprob", "entropy", "values"),
             few,
             slack=_sum_slack,
+        ),
+        Case(
+            "reduce_metrics of 2 x 262144 tokens",
+            ("reduce_metrics",),
+            many,
+            _parts,
+            (),
+            few,
+            slack=lambda name, inputs: 1e-3 if "clip_fraction" in name else 2e-6,
+        ),
+        *(
+            Case(f"sampled_kl {estimator}", ("sampled_kl",), many, partial(_kl, estimator=estimator), ("logprob",), few)
+            for estimator in get_args(KLEstimator)
         ),
         Case(
             "ppo_loss 1 token",

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from fastppo_kernels.attention import TreeLayout, attention, attention_backends, tree_attention
+from fastppo_kernels.attention import TreeLayout, attention, attention_backends, decode_attention, tree_attention
 
-from .case import Case, Inputs, Results, randn
+from .case import Case, Inputs, Results, randint, randn
 
 _HALF = (torch.bfloat16, torch.float16)
 # Libraries round the probabilities, and in backward the scores' gradients too; the torch form keeps both in float32.
@@ -59,9 +59,30 @@ def _tree_attention(inputs: Inputs, backend: Any) -> Results:
     return {"out": tree_attention(inputs["q"], inputs["k"], inputs["v"], layout, backend=name)}
 
 
+def _cache(
+    device: torch.device, dtype: torch.dtype, seed: int, *, batch: int, root: int, places: int, heads: int, kv_heads: int,
+    dim: int,
+) -> Inputs:  # fmt: skip
+    return {
+        "q": randn(device, seed, batch, heads, dim, dtype=dtype),
+        "k_root": randn(device, seed + 1, root, kv_heads, dim, dtype=dtype),
+        "v_root": randn(device, seed + 2, root, kv_heads, dim, dtype=dtype),
+        "k_own": randn(device, seed + 3, batch, kv_heads, places, dim, dtype=dtype),
+        "v_own": randn(device, seed + 4, batch, kv_heads, places, dim, dtype=dtype),
+        "lengths": randint(device, seed, places, batch) + 1,
+    }
+
+
+def _decode(inputs: Inputs, backend: Any, **how) -> Results:
+    """It has one form: what it must not do is wait for the host."""
+    return {"out": decode_attention(**inputs, **how)}
+
+
 def cases() -> list[Case]:
     large = partial(_tree, root=80, prompts=16, prompt=40, answers=8, answer=30)
     small = partial(_tree, root=5, prompts=2, prompt=3, answers=2, answer=4, heads=4, dim=16)
+    cache = partial(_cache, batch=256, root=80, places=128, heads=28, kv_heads=4, dim=128)
+    small_cache = partial(_cache, batch=3, root=5, places=7, heads=4, kv_heads=2, dim=16)
     found = [
         Case(
             "tree_attention, chosen back end",
@@ -72,6 +93,16 @@ def cases() -> list[Case]:
             small,
             checks=("error", "determinism"),
             roundings=_ROUNDINGS,
+        ),
+        Case("decode_attention 256 x (80 + 128)", ("decode_attention",), cache, _decode, (), small_cache),
+        Case(
+            "decode_attention, window",
+            ("decode_attention",),
+            cache,
+            partial(_decode, window=5),
+            (),
+            small_cache,
+            checks=("error", "determinism", "graph"),  # its mask is written into a view that torch.compile cannot make
         ),
     ]
     for name, usable in attention_backends().items():

@@ -42,11 +42,10 @@ _POINTERS = [
         "dlogprob", "dvalues",
     )
 ]  # fmt: skip
-_kl = kl_terms
 
 
 @triton.jit
-def wins(a, b):
+def _wins(a, b):
     """The share of the gradient of max(a, b) that a gets: half where they are equal, as torch.maximum."""
     return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
 
@@ -92,13 +91,13 @@ def _loss_kernel(
         clipped = -advantage * bounded
         surrogate = tl.where(clipped > unclipped, clipped, unclipped)
         was_clipped = clipped > unclipped
-        share = wins(unclipped, clipped)
+        share = _wins(unclipped, clipped)
         share += (1.0 - share) * tl.where(bounded == ratio, 1.0, 0.0)
         # Without dual clip the bound is infinite.
         bound = -advantage * dual_clip
         bad = advantage < 0
         was_clipped = was_clipped | (bad & (surrogate > bound))
-        share *= tl.where(bad, wins(bound, surrogate), 1.0)
+        share *= tl.where(bad, _wins(bound, surrogate), 1.0)
         surrogate = tl.where(bad & (bound < surrogate), bound, surrogate)
         gradient = tl.where(tl.abs(difference) <= LIMIT, unclipped * share, 0.0)
         sums = _add(sums, 0, one, keep)
@@ -129,7 +128,7 @@ def _loss_kernel(
             clipped_error = old_value + clamp(moved, -value_clip, value_clip) - target
             clipped_slope = clamp(clipped_error, -huber_delta, huber_delta)
             clipped_loss = clipped_slope * (clipped_error - 0.5 * clipped_slope)
-            share = wins(clipped_loss, value_loss)
+            share = _wins(clipped_loss, value_loss)
             slope = (1.0 - share) * slope + tl.where(tl.abs(moved) <= value_clip, share * clipped_slope, 0.0)
             sums = _add(sums, 11, tl.where(clipped_loss > value_loss, one, 0.0), keep)
             value_loss = tl.where(clipped_loss > value_loss, clipped_loss, value_loss)
@@ -176,7 +175,7 @@ def _of_one_dtype(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [None if tensor is None else (tensor.float() if mixed else tensor).contiguous() for tensor in tensors]
 
 
-def mask_bytes(mask: Tensor | None, unused: Tensor) -> Tensor:
+def _mask_bytes(mask: Tensor | None, unused: Tensor) -> Tensor:
     """A mask as the kernels read it: bytes, whatever integers it was; for None the memory of any other tensor."""
     if mask is None:
         return unused.view(torch.uint8)
@@ -230,7 +229,7 @@ def ppo_loss(
     with torch.cuda.device_of(like):
         if blocks:
             _loss_kernel[(blocks,)](
-                *flat, mask_bytes(mask, sums), dlogprob, dvalues, sums, like.numel(), int(mask is not None),
+                *flat, _mask_bytes(mask, sums), dlogprob, dvalues, sums, like.numel(), int(mask is not None),
                 int(entropy is not None), kl_estimator if ref_logprob is not None else 0, int(value_clip != float("inf")),
                 1.0 - clip_low, 1.0 + clip_high, dual_clip, entropy_coef, kl_coef, value_coef, value_clip, huber_delta,
                 POLICY=logprob is not None, VALUE=values is not None, BLOCK=BLOCK, num_warps=_WARPS,

@@ -191,9 +191,14 @@ def rms_norm_lora_kernel(
     )
 
 
-def _tile(columns: int) -> tuple[bool, int, int, int]:
-    """(swept in blocks?, BLOCK_K, BLOCK_M, warps)."""
-    for block_k, block_m, warps in _TILES:
+def _tile(columns: int, *matrices: Tensor) -> tuple[bool, int, int, int]:
+    """(swept in blocks?, BLOCK_K, BLOCK_M, warps).
+
+    Rows that do not all begin at multiples of 16 entries are read in narrow pieces whatever the tile: they have one for all
+    widths, and a third of the kernels to compile is saved.
+    """
+    aligned = not any(size % 16 for size in (columns, *(x.stride(0) for x in matrices), *(x.data_ptr() for x in matrices)))
+    for block_k, block_m, warps in _TILES if aligned else ():
         if columns <= block_k:
             return False, block_k, block_m, warps
     return True, *_WIDE
@@ -202,7 +207,7 @@ def _tile(columns: int) -> tuple[bool, int, int, int]:
 def forward(x_MK: Tensor, weight_K: Tensor, eps: float, offset: float, y_MK: Tensor, rstd_M: Tensor) -> None:
     """Fill y (rows of any stride) and rstd (float32)."""
     rows, columns = x_MK.shape
-    wide, block_k, block_m, warps = _tile(columns)
+    wide, block_k, block_m, warps = _tile(columns, x_MK, y_MK)
     with torch.cuda.device_of(x_MK):
         rms_norm_kernel[(triton.cdiv(rows, block_m),)](
             x_MK, x_MK.stride(0), weight_K, y_MK, y_MK.stride(0), rstd_M, rows, columns, eps, offset,
@@ -221,7 +226,7 @@ def backward(
 ) -> Tensor:
     """Fill grad_x (contiguous) and return the weight's gradient in float32, of no entries where it is not wanted."""
     rows, columns = x_MK.shape
-    wide, block_k, block_m, warps = _tile(columns)
+    wide, block_k, block_m, warps = _tile(columns, x_MK, grad_y_MK)
     tiles = triton.cdiv(rows, block_m)
     programs = min(tiles, _PROGRAMS) if need_weight else tiles
     partial_PK = torch.empty((programs, columns) if need_weight else (0, 0), dtype=torch.float32, device=x_MK.device)
@@ -313,9 +318,9 @@ def signature_of(kernel: Any, constants: dict[str, Any], types: dict[str, str]) 
 
 def configurations() -> Iterator[Configuration]:
     """What the launchers above can choose, for rows that begin at multiples of 16 bytes and ones that do not."""
-    tiles = [(False, *tile) for tile in _TILES] + [(True, *_WIDE)]
+    tiles = [((False, *tile), True) for tile in _TILES] + [((True, *_WIDE), True), ((True, *_WIDE), False)]
     weights = [(dtype, dtype) for dtype in NAMES] + [(dtype, torch.float32) for dtype in HALF]
-    for (dtype, weight), (wide, block_k, block_m, warps), aligned in product(weights, tiles, (True, False)):
+    for (dtype, weight), ((wide, block_k, block_m, warps), aligned) in product(weights, tiles):
         result = torch.promote_types(dtype, weight)
         types = {name: "*" + NAMES[dtype] for name in ("x", "grad_x")}
         types |= {"weight": "*" + NAMES[weight]} | {name: "*" + NAMES[result] for name in ("y", "grad_y")}

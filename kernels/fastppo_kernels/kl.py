@@ -1,5 +1,6 @@
 """Divergences of the policy from the reference, estimated from the sampled token alone."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -55,6 +56,6 @@ def sampled_kl(logprob: Tensor, ref_logprob: Tensor, estimator: KLEstimator) -> 
         log_ratio = (lr - lp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return torch.expm1(log_ratio) - log_ratio
     if estimator == "jensen_shannon":
-        log_mean = torch.logaddexp(lp, lr) - torch.log(torch.tensor(2.0, dtype=dtype, device=lp.device))
+        log_mean = torch.logaddexp(lp, lr) - math.log(2.0)
         return 0.5 * ((lp - log_mean).clamp(min=0) + (lr - log_mean).clamp(min=0))
     raise ValueError(f"estimator must be one of {', '.join(get_args(KLEstimator))}, got {estimator!r}")

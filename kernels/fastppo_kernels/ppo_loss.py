@@ -137,6 +137,7 @@ def _loss(
     differentiable += [value.values] if value is not None else []
     like = differentiable[0]
     check_denominator(denominator, like)
+    denominator = denominator.detach() if isinstance(denominator, Tensor) else denominator
     if use_triton(like, backend) and all(tensor.dtype != torch.float64 for tensor in differentiable):
         return _triton_form(policy, value, value_coef, mask, denominator)
     mask = check_mask(mask, "logprob", like)
@@ -207,6 +208,12 @@ def _sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values.detach(), 0).sum(dtype=torch.float64)
 
 
+def _mean(per_token: Tensor, mask: Tensor, count: float | Tensor) -> Tensor:
+    """Sum over the mask / count, in the dtype of `per_token` whatever that of a count in a tensor."""
+    count = count.double() if isinstance(count, Tensor) else count
+    return (torch.where(mask, per_token, 0.0).sum() / count).to(per_token.dtype)
+
+
 def ppo_policy_loss(
     logprob: Tensor,
     old_logprob: Tensor,
@@ -242,7 +249,8 @@ def ppo_policy_loss(
         entropy_coef: any sign. kl_coef: any sign; other than 0 it needs `ref_logprob`, as entropy_coef needs `entropy`.
         kl_estimator: see `sampled_kl`, above all for what each does as a loss ("k2" has the gradient of the reverse
             KL).
-        denominator: > 0, a number or a 0-d tensor; None: the number of actions here (1 if there are none).
+        denominator: > 0, a number or a 0-d tensor; None: the number of actions here (1 if there are none). Under
+            torch.compile every new number compiles the Triton form again, as new coefficients do; a tensor does not.
         backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. The Triton form is
             differentiable once; float64 inputs always take the torch form.
 
@@ -296,7 +304,7 @@ def _torch_policy(policy: _Policy, mask: Tensor, count: float | Tensor) -> tuple
         metrics["kl_ref_sum"] = _sum(kl, mask)
         if settings.kl_coef:
             per_token = per_token + settings.kl_coef * kl
-    return torch.where(mask, per_token, 0.0).sum() / count, metrics
+    return _mean(per_token, mask, count), metrics
 
 
 def _penalty(error: Tensor, huber_delta: float | None) -> Tensor:
@@ -367,7 +375,7 @@ def _torch_value(inputs: _Value, mask: Tensor, count: float | Tensor) -> tuple[T
         "return_sum": _sum(target, mask),
         "return_square_sum": _sum(target.double().square(), mask),
     }
-    return torch.where(mask, per_token, 0.0).sum() / count, metrics
+    return _mean(per_token, mask, count), metrics
 
 
 def ppo_loss(

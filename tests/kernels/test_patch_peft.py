@@ -1,7 +1,6 @@
 """A patched PEFT model computes what peft computes, in every state that peft can put it in."""
 
 import copy
-import importlib
 import pickle
 import warnings
 
@@ -11,84 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from peft_models import (
+    VOCAB,
+    Toy,
+    adapted,
+    assert_same,
+    causal_lm,
+    layers_of,
+    outputs_of,
+    patched,
+    patched_with_warning,
+    patching,
+    plain,
+    run,
+    toy,
+    toy_4bit,
+)
 from tiny import KINDS, tiny_config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM
 
-# The functions of the same names hide these modules as attributes of the package.
-patching = importlib.import_module("fastppo_kernels.patch_peft")
-NF4Weight, lora_gemm = patching.NF4Weight, patching.lora_gemm
-patch_peft, unpatch_peft, adapter_mask = patching.patch_peft, patching.unpatch_peft, patching.adapter_mask
-VOCAB = 97
+from fastppo_kernels import NF4Weight, adapter_mask, lora_gemm, patch_peft, unpatch_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def causal_lm(kind, **lora):
-    """A tiny random model with random adapters, and ids for it. Every GPT-NeoX weight gets LoRA, its dropout is off."""
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
-    else:
-        config = tiny_config(kind, VOCAB)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    if kind == "gpt2":
-        lora = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True} | lora
-    return adapted(model, **lora).eval(), torch.randint(VOCAB, (3, 9))
-
-
-def adapted(model, **lora):
-    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | lora))
-
-
-class Toy(nn.Module):
-    def __init__(self, dtype=torch.float32, bias=True):
-        super().__init__()
-        torch.manual_seed(1)
-        self.up, self.down = nn.Linear(24, 40, bias=bias, dtype=dtype), nn.Linear(40, 24, bias=False, dtype=dtype)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-def toy(dtype=torch.float32, **lora):
-    lora = {"target_modules": ["up", "down"]} | lora
-    return adapted(Toy(dtype), **lora), torch.randn(2, 5, 24).to(dtype)
-
-
-def outputs_of(model, x, **kwargs):
-    found = model(x, **kwargs)
-    return found.logits if hasattr(found, "logits") else found
-
-
-def run(model, x, **kwargs):
-    """(outputs, every gradient) of one forward and backward."""
-    model.zero_grad(set_to_none=True)
-    out = outputs_of(model, x, **kwargs)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    (out * weights + out.square()).float().sum().backward()
-    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found, wanted, *, atol=1e-6):
-    """Outputs and gradients equal to a few roundings of float32."""
-    scale = max(1.0, float(wanted[0].abs().max()))
-    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=atol * scale)
-    assert found[1].keys() == wanted[1].keys() and wanted[1]
-    for name, grad in wanted[1].items():
-        assert float((found[1][name] - grad).abs().max()) <= 1e-5 * float(grad.abs().max()) + 1e-12, name
-
-
-def patched(model):
-    """A patched copy."""
-    return patch_peft(copy.deepcopy(model))
-
-
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 @pytest.fixture
@@ -175,18 +121,6 @@ def test_float64():
 # -- 4-bit weights -------------------------------------------------------------------------------------------------------
 
 
-def toy_4bit(compute=torch.bfloat16, stored=torch.bfloat16, kind="nf4", **options):
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(2)
-    base = nn.Sequential(bnb.nn.Linear4bit(128, 64, compute_dtype=compute, quant_type=kind, **options)).to(stored)
-    base.is_loaded_in_4bit = True
-    model = adapted(base.to("cpu"), target_modules=["0"])
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data *= 0.3
-    return model, torch.randn(3, 5, 128).to(stored)
-
-
 def dense(model):
     """The same in float32, with the values that the 4 bits stand for."""
     twin = adapted(nn.Sequential(nn.Linear(128, 64)), target_modules=["0"])
@@ -225,23 +159,6 @@ def test_nf4_base(autocast, twice, monkeypatch):
 def test_an_adapter_wider_than_its_nf4_base_is_pefts():
     model, x = toy_4bit(stored=torch.float32)
     torch.testing.assert_close(patched(model)(x), model(x), rtol=0, atol=0)
-
-
-def test_masks_on_an_nf4_base():
-    model, x = toy_4bit()
-    model.add_adapter("second", LoraConfig(r=6, target_modules=["0"], init_lora_weights=False))
-    model.base_model.set_adapter(["default", "second"])
-    fast = patched(model)
-    row = torch.tensor([True, False, True])[:, None]
-    with torch.no_grad():
-        on, off = fast(x), plain(fast, x)
-        with adapter_mask(fast, row):
-            assert torch.equal(fast(x), torch.where(row[..., None], on, off))
-        with adapter_mask(fast, {"default": row, "second": ~row}):
-            both = fast(x)
-        for name, rows in (("default", row), ("second", ~row)):
-            fast.base_model.set_adapter(name)
-            torch.testing.assert_close(both[rows[:, 0]], fast(x)[rows[:, 0]], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -303,12 +220,6 @@ def test_copies_are_patched(how, tmp_path, calls):
     with adapter_mask(fast, torch.zeros(2, 5)):
         torch.testing.assert_close(fast(x), plain(model, x))
     assert len({id(layer._fastppo_patch) for layer in layers_of(fast)}) == 1
-
-
-def plain(model, x):
-    """The outputs without adapters."""
-    with model.disable_adapter(), torch.no_grad():
-        return outputs_of(model, x)
 
 
 def test_switching_adding_and_deleting_adapters(calls):
@@ -411,13 +322,6 @@ def test_transformers_own_adapters(calls):
 
 
 # -- what stays with peft ------------------------------------------------------------------------------------------------
-
-
-def patched_with_warning(model, match):
-    with pytest.warns(UserWarning, match=match) as caught:
-        fast = patched(model)
-    assert len(caught) == 1
-    return fast
 
 
 def test_dropout_is_pefts_in_training_mode_only(calls):
@@ -554,159 +458,3 @@ def test_a_class_changed_by_others_is_not_unpatched():
     layer.__class__ = type("Sharded", (type(layer),), {})
     with pytest.raises(ValueError, match="changed since, to Sharded"):
         unpatch_peft(fast)
-
-
-# -- adapters switched token by token ------------------------------------------------------------------------------------
-
-
-def test_policy_and_reference_rows_in_one_batch():
-    model, ids = causal_lm("llama")
-    ids = ids[:1].expand(2, -1)
-    fast = patched(model)
-    is_policy = torch.tensor([[True], [False]])
-    with adapter_mask(fast, is_policy):
-        found = run(fast, ids)
-    with torch.no_grad():
-        torch.testing.assert_close(found[0][0], outputs_of(model, ids)[0])
-        torch.testing.assert_close(found[0][1], plain(model, ids)[1])
-    out = outputs_of(model, ids)  # the gradients are those of the policy's row alone
-    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
-    model.zero_grad()
-    (out * weights + out.square())[0].sum().backward()
-    for name, grad in found[1].items():
-        torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(outputs_of(fast, ids), outputs_of(model, ids))  # and afterwards it is off again
-
-
-def test_rows_of_a_mask_generate_each_in_their_own_way():
-    model, ids = causal_lm("llama")
-    ids = ids[:1].expand(2, -1)
-    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    fast = patched(model)
-    with adapter_mask(fast, torch.tensor([[True], [False]])):
-        found = fast.generate(ids, **how)
-    with model.disable_adapter():
-        reference = model.generate(ids[:1], **how)
-    torch.testing.assert_close(found, torch.cat([model.generate(ids[:1], **how), reference]))
-    assert not torch.equal(found[0], found[1])
-
-
-def test_masks_of_tokens_and_of_named_adapters():
-    model, x = toy()
-    model.add_adapter("value", LoraConfig(r=6, target_modules=["up", "down"], init_lora_weights=False))
-    model.base_model.set_adapter(["default", "value"])
-    fast = patched(model).requires_grad_(False)
-
-    def only(*names):
-        if not names:
-            return plain(model, x)
-        model.base_model.set_adapter(list(names))
-        with torch.no_grad():
-            return model(x)
-
-    on, off = only("default", "value"), only()
-    token = torch.tensor([1.0, 0, 1, 0, 0])
-    for mask in (token, token[None], token.bool(), token.expand(2, 5)):
-        with adapter_mask(fast, mask):
-            torch.testing.assert_close(fast(x), torch.where(token.bool()[:, None], on, off))
-    row = torch.tensor([[True], [False]])
-    with adapter_mask(fast, {"default": row, "value": ~row}):
-        torch.testing.assert_close(fast(x), torch.where(row[..., None], only("default"), only("value")))
-        with adapter_mask(fast, {"value": row}):
-            torch.testing.assert_close(fast(x), torch.where(row[..., None], on, only("default")))
-        with adapter_mask(fast, {}):
-            torch.testing.assert_close(fast(x), on)
-        torch.testing.assert_close(fast(x)[1], only("value")[1])
-    with adapter_mask(fast, row[..., 0].repeat_interleave(5)), torch.no_grad():  # tokens flattened, as in packed batches
-        torch.testing.assert_close(fast(x.flatten(0, 1)).view(x.shape), torch.where(row[..., None], on, off))
-
-
-def test_a_broken_adapter_does_not_leak():
-    model, x = toy()
-    fast = patched(model)
-    with torch.no_grad():
-        fast.base_model.model.up.lora_B["default"].weight[3] = torch.nan
-    with adapter_mask(fast, torch.tensor([[0.0], [1.0]])):
-        out = fast(x)
-    assert torch.equal(out[0], plain(model, x)[0]) and out[1].isnan().any()
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_remember_their_mask(reentrant):
-    """Backward computes each layer again, after the context and after another forward with another mask."""
-    model, ids = causal_lm("qwen2")
-    fast = patched(model)
-    masks = torch.tensor([[1.0], [0], [1]]), torch.tensor([[0.0], [1], [1]])
-
-    def losses():
-        for mask in masks:
-            with adapter_mask(fast, mask):
-                yield outputs_of(fast, ids).square().sum()
-
-    def grads():
-        fast.zero_grad()
-        sum(losses()).backward()
-        return {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
-
-    wanted = grads()
-    fast.train().enable_input_require_grads()
-    fast.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    function = [m._gradient_checkpointing_func for m in fast.modules() if "_gradient_checkpointing_func" in vars(m)]
-    found = grads()
-    for name, grad in wanted.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5)
-    assert function == [m._gradient_checkpointing_func for m in fast.modules() if "_gradient_checkpointing_func" in vars(m)]
-
-
-def test_a_compiled_model_takes_masks():
-    torch._dynamo.reset()
-    model, x = toy()
-    fast = patched(model)
-    compiled = torch.compile(fast, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        on, off = compiled(x), plain(model, x)
-        for row in (torch.tensor([[True], [False]]), torch.tensor([[False], [True]])):
-            with adapter_mask(fast, row):
-                torch.testing.assert_close(compiled(x), torch.where(row[..., None], on, off))
-        torch.testing.assert_close(compiled(x), on)
-
-
-def test_a_copy_made_under_a_mask_is_free_of_it():
-    model, x = toy()
-    fast = patched(model)
-    with adapter_mask(fast, torch.zeros(5)):
-        copied = copy.deepcopy(fast)
-        torch.testing.assert_close(fast(x), plain(model, x))
-        torch.testing.assert_close(copied(x), model(x))
-
-
-def test_wrong_masks():
-    model, x = toy()
-    fast = patched(model)
-    for mask, message in [
-        ([1, 0], "mask must be a bool or floating-point tensor, got list"),
-        (torch.ones(5, dtype=torch.int64), "mask must be a bool or floating-point tensor, got torch.int64"),
-        ({"default": None}, "mask 'default' must be a bool or floating-point tensor, got NoneType"),
-        ({"policy": torch.ones(5)}, r"mask must name adapters of the model \(default\), got policy"),
-    ]:
-        with pytest.raises(ValueError, match=message), adapter_mask(fast, mask):
-            pass
-    with pytest.raises(ValueError, match=r"must broadcast .*\[2, 5\]\), got shape \[4\]"), adapter_mask(fast, torch.ones(4)):
-        fast(x)
-    with pytest.raises(ValueError, match=r"needs patch_peft\(model\) first"), adapter_mask(model, torch.ones(5)):
-        pass
-    torch.testing.assert_close(fast(x), model(x))  # an error leaves no mask behind
-
-
-def test_a_mask_is_never_ignored():
-    model, x = toy(lora_dropout=0.5)
-    fast = patched_with_warning(model, "dropout").train()
-    with pytest.raises(ValueError, match="computes through peft: lora_dropout > 0"), adapter_mask(fast, torch.ones(5)):
-        fast(x)
-    fast.eval().merge_adapter()
-    with pytest.raises(ValueError, match="adapters are merged"), adapter_mask(fast, torch.ones(5)):
-        fast(x)
-    fast.unmerge_adapter()
-    with adapter_mask(fast, torch.ones(5)):
-        torch.testing.assert_close(fast(x), model.eval()(x))
-        torch.testing.assert_close(plain(fast, x), plain(model, x))
