@@ -16,7 +16,7 @@ from .patch_peft import adapter_mask, patch_peft, unpatch_peft
 from .ppo_loss import ppo_loss, ppo_policy_loss, ppo_value_loss, reduce_metrics
 from .rms_norm import rms_norm, rms_norm_lora
 from .rope import rope
-from .sample import sample
+from .sample import linear_sample, sample
 from .swiglu import swiglu, swiglu_backward_lora, swiglu_lora
 from .token_logprob import selective_log_softmax, token_logprob
 
@@ -33,6 +33,7 @@ __all__ = [
     "gae",
     "linear_logprob",
     "linear_ppo_loss",
+    "linear_sample",
     "lora_gemm",
     "lora_linear",
     "lora_linear_group",

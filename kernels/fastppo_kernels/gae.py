@@ -1,6 +1,6 @@
 """Generalised advantage estimation and whitening."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ def _sequence_ends(cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return sequence_A, cu_seqlens[sequence_A + 1]
 
 
+def _check_rises(cu_seqlens: Tensor, size: int) -> None:
+    """On the CPU; on a GPU looking would synchronise, and while compiling it would break the graph."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != size or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must rise from 0 to {size}, the length of rewards, got {cu_seqlens.tolist()}")
+
+
 def _check_lambda(lam: float | Tensor, sequences: int, device: torch.device) -> None:
     if isinstance(lam, Tensor):
         check_float("lam", lam)
@@ -33,6 +41,77 @@ def _check_lambda(lam: float | Tensor, sequences: int, device: torch.device) -> 
             raise ValueError(f"lam must be on the device of rewards ({device}), got {lam.device}")
     else:
         check_number("lam", lam, at_least=0, at_most=1)
+
+
+# An operator: torch.compile would unroll the doublings, whose number changes with the length.
+@torch.library.custom_op("fastppo_kernels::gae", mutates_args=())
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    lam_tensor: Tensor | None,
+    gamma: float,
+    lam: float,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(advantages, returns, sums); arguments are checked by the caller. `lam` counts where `lam_tensor` is None."""
+    if use_triton:
+        from . import _triton_gae
+
+        outputs = _empty_outputs(rewards, cu_seqlens)
+        _triton_gae.gae(rewards, values, cu_seqlens, mask, lam_tensor, gamma, lam, *outputs)
+        return outputs
+
+    shape, size, device = rewards.shape, rewards.numel(), rewards.device
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(shape[0] + 1, device=device) * shape[1]
+    mask_A = check_mask(mask, "rewards", rewards).reshape(-1)
+    sequence_A, end_A = _sequence_ends(cu_seqlens.long(), size)
+    if lam_tensor is not None:
+        lam_A = lam_tensor.double()[sequence_A]
+    else:
+        lam_A = torch.full(sequence_A.shape, float(lam), dtype=torch.float64, device=device)
+
+    reward_A = torch.where(mask_A, rewards.reshape(-1).double(), 0.0)
+    value_A = torch.where(mask_A, values.reshape(-1).double(), 0.0)
+    # The first counted step at or after each position, then strictly after it; beyond the sequence's end it is none.
+    position_A = torch.arange(size, device=device)
+    counted_A = torch.where(mask_A, position_A, size).flip(0).cummin(0).values.flip(0) if size else position_A
+    next_A = torch.cat([counted_A[1:], counted_A.new_full((min(size, 1),), size)])
+    next_value_A = torch.where(next_A < end_A, value_A[next_A.clamp(max=max(size - 1, 0))], 0.0)
+
+    # x_t = d_t + c_t x_{t+1}: a masked step hands on what comes after it, the last step of a sequence ends it.
+    d_A = torch.where(mask_A, reward_A + gamma * next_value_A - value_A, 0.0)
+    c_A = torch.where(mask_A, gamma * lam_A, 1.0)
+    c_A = torch.where(position_A + 1 < end_A, c_A, 0.0)
+    step = 1
+    while step < size:
+        # where, not a product alone: 0 * NaN of the next sequence must not come in.
+        later_A = torch.where(c_A[:-step] == 0, 0.0, c_A[:-step] * d_A[step:])
+        d_A = torch.cat([d_A[:-step] + later_A, d_A[-step:]])
+        c_A = torch.cat([c_A[:-step] * c_A[step:], c_A[-step:]])
+        step *= 2
+
+    dtype = accumulate_dtype(rewards.dtype)
+    advantage_A = torch.where(mask_A, d_A, 0.0)
+    stored_A = advantage_A.to(dtype)
+    advantages, returns = stored_A.view(shape), (advantage_A + value_A).to(dtype).view(shape)
+    # Each row is added up in one fixed order; "unsafe" leaves out a check that would synchronise.
+    rows_A3 = torch.stack([mask_A.double(), stored_A.double(), stored_A.double().square()], dim=1)
+    sums_N3 = torch.segment_reduce(rows_A3, "sum", lengths=cu_seqlens.diff(), axis=0, initial=0, unsafe=True)
+    return advantages, returns, sums_N3
+
+
+def _empty_outputs(rewards: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    advantages, returns = (rewards.new_empty(rewards.shape, dtype=accumulate_dtype(rewards.dtype)) for _ in range(2))
+    return advantages, returns, rewards.new_empty(sequences, 3, dtype=torch.float64)
+
+
+@_gae.register_fake
+def _(rewards: Tensor, values: Tensor, cu_seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(rewards, cu_seqlens)
 
 
 @overload
@@ -86,7 +165,7 @@ def gae(
     Args:
         rewards, values: packed [A] with `cu_seqlens`, or padded [B, T] without; floating point.
         cu_seqlens: [N + 1] int64 or int32: sequence i is steps cu_seqlens[i] to cu_seqlens[i + 1]; from 0 to A;
-            sequences may be empty.
+            sequences may be empty. These values are checked on the CPU only, and not while compiling.
         gamma: in [0, 1].
         lam: in [0, 1], or a tensor with one for each sequence ([N] or [B]; values not checked).
         mask: bool or integer, the shape of the rewards; None: every step counts.
@@ -122,59 +201,14 @@ def gae(
             raise ValueError(f"cu_seqlens must have shape [N + 1], got {list(cu_seqlens.shape)}")
         check_device("cu_seqlens", cu_seqlens, "rewards", rewards)
         sequences = len(cu_seqlens) - 1
-        if device.type == "cpu" and (
-            int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != size or bool((cu_seqlens.diff() < 0).any())
-        ):
-            raise ValueError(f"cu_seqlens must rise from 0 to {size}, the length of rewards, got {cu_seqlens.tolist()}")
+        _check_rises(cu_seqlens, size)
     _check_lambda(lam, sequences, device)
-    if use_triton(rewards, backend) and rewards.dtype != torch.float64:
-        from . import _triton_gae
-
-        of_tensor = isinstance(lam, Tensor)
-        advantages, returns, sums = _triton_gae.gae(
-            rewards, values, cu_seqlens, mask, lam if of_tensor else None, float(gamma), 0.0 if of_tensor else float(lam)
-        )
-        return (advantages, returns, sums) if with_sums else (advantages, returns)
-
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(shape[0] + 1, device=device) * shape[1]
-    mask_A = check_mask(mask, "rewards", rewards).reshape(-1)
-    sequence_A, end_A = _sequence_ends(cu_seqlens.long(), size)
-    if isinstance(lam, Tensor):
-        lam_A = lam.double()[sequence_A]
-    else:
-        lam_A = torch.full(sequence_A.shape, float(lam), dtype=torch.float64, device=device)
-
-    reward_A = torch.where(mask_A, rewards.reshape(-1).double(), 0.0)
-    value_A = torch.where(mask_A, values.reshape(-1).double(), 0.0)
-    # The first counted step at or after each position, then strictly after it; beyond the sequence's end it is none.
-    position_A = torch.arange(size, device=device)
-    counted_A = torch.where(mask_A, position_A, size).flip(0).cummin(0).values.flip(0) if size else position_A
-    next_A = torch.cat([counted_A[1:], counted_A.new_full((min(size, 1),), size)])
-    next_value_A = torch.where(next_A < end_A, value_A[next_A.clamp(max=max(size - 1, 0))], 0.0)
-
-    # x_t = d_t + c_t x_{t+1}: a masked step hands on what comes after it, the last step of a sequence ends it.
-    d_A = torch.where(mask_A, reward_A + gamma * next_value_A - value_A, 0.0)
-    c_A = torch.where(mask_A, gamma * lam_A, 1.0)
-    c_A = torch.where(position_A + 1 < end_A, c_A, 0.0)
-    step = 1
-    while step < size:
-        # where, not a product alone: 0 * NaN of the next sequence must not come in.
-        later_A = torch.where(c_A[:-step] == 0, 0.0, c_A[:-step] * d_A[step:])
-        d_A = torch.cat([d_A[:-step] + later_A, d_A[-step:]])
-        c_A = torch.cat([c_A[:-step] * c_A[step:], c_A[-step:]])
-        step *= 2
-
-    dtype = accumulate_dtype(rewards.dtype)
-    advantage_A = torch.where(mask_A, d_A, 0.0)
-    stored_A = advantage_A.to(dtype)
-    advantages, returns = stored_A.view(shape), (advantage_A + value_A).to(dtype).view(shape)
-    if not with_sums:
-        return advantages, returns
-    # Each row is added up in one fixed order; "unsafe" leaves out a check that would synchronise.
-    rows_A3 = torch.stack([mask_A.double(), stored_A.double(), stored_A.double().square()], dim=1)
-    sums_N3 = torch.segment_reduce(rows_A3, "sum", lengths=cu_seqlens.diff(), axis=0, initial=0, unsafe=True)
-    return advantages, returns, sums_N3
+    of_tensor = isinstance(lam, Tensor)
+    advantages, returns, sums = _gae(
+        rewards, values, cu_seqlens, mask, lam if of_tensor else None, float(gamma), 0.0 if of_tensor else float(lam),
+        use_triton(rewards, backend) and rewards.dtype != torch.float64,
+    )  # fmt: skip
+    return (advantages, returns, sums) if with_sums else (advantages, returns)
 
 
 @torch.no_grad()
@@ -211,8 +245,8 @@ def whiten(
     if sums is not None:
         if not isinstance(sums, Tensor) or sums.dtype != torch.float64:
             raise ValueError(f"sums must be a float64 tensor, got {getattr(sums, 'dtype', type(sums).__name__)}")
-        if sums.dim() != 2 or sums.shape[1] != 3:
-            raise ValueError(f"sums must have shape [N, 3], got {list(sums.shape)}")
+        if sums.dim() != 2 or sums.shape[1] != 3 or sums.shape[0] == 0:
+            raise ValueError(f"sums must have shape [N, 3], N >= 1, got {list(sums.shape)}")
         check_device("sums", sums, "x", x)
     if use_triton(x, backend) and x.dtype != torch.float64:
         from . import _triton_gae

@@ -1,12 +1,21 @@
-"""Drawing the next token: Gumbel-max with counter-based noise."""
+"""Drawing the next token: Gumbel-max with counter-based noise.
+
+There is no generator to seed, to advance or to save: all the state of a draw is (seed, sequence id, step), three numbers that
+the caller has. The seed names the run, the id the sequence in it, the step the token in the sequence.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _rows
 from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
 from ._dispatch import Backend, use_triton
+from ._head_ops import _chunks, _Head
 from ._philox import philox_4x32_10
-from ._rows import normalise_, shift_
+from ._rows import Transform, normalise_, shift_
+from .linear_logprob import checked_head
 
 _WORD = 0xFFFFFFFF
 # Words made at a time. On a CPU the temporaries then stay in its cache (twice as fast); elsewhere they are bounded.
@@ -48,6 +57,123 @@ def _restrict(z_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     return z_BV
 
 
+def _draw_(
+    logits_BV: Tensor, sequence_ids_B: Tensor, step_B: Tensor, temperature: float, top_k: int, top_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The torch form, for logits in float32 or float64 that are used up."""
+    if temperature == 0:
+        z_BV = shift_(logits_BV, 1.0, None)
+        token_B = z_BV.argmax(-1)
+    else:
+        z_BV = shift_(logits_BV, temperature, None)
+        noise_BV = _gumbel(z_BV.shape[1], seed, sequence_ids_B.long(), step_B.long() & _WORD)
+        token_B = noise_BV.add(_restrict(z_BV, top_k, top_p)).argmax(-1)
+    z_token_B = z_BV.gather(1, token_B[:, None]).squeeze(1)
+    log_sum_B, _ = normalise_(z_BV)
+    logprob_B = z_token_B - log_sum_B
+    return torch.where(logprob_B.isnan(), 0, token_B), logprob_B
+
+
+# Operators: torch.compile would unroll the blocks of noise and the chunks, whose number changes with that of the rows.
+@torch.library.custom_op("fastppo_kernels::sample", mutates_args=())
+def _sample(
+    logits_BV: Tensor,
+    sequence_ids_B: Tensor,
+    step_B: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """Arguments are checked by the caller; `seed` is its 64 bits as a signed number."""
+    if use_triton:
+        from . import _triton_sample
+
+        return _triton_sample.sample(
+            logits_BV, None, 1.0, None, sequence_ids_B, step_B, temperature, top_k, top_p, seed
+        )  # fmt: skip
+    x_BV = logits_BV.to(accumulate_dtype(logits_BV.dtype), copy=True)
+    return _draw_(x_BV, sequence_ids_B, step_B, temperature, top_k, top_p, seed % 2**64)
+
+
+def _outputs(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch = like.shape[0]
+    return like.new_empty(batch, dtype=torch.int64), like.new_empty(batch, dtype=accumulate_dtype(dtype))
+
+
+@_sample.register_fake
+def _(logits_BV: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(logits_BV, logits_BV.dtype)
+
+
+@torch.library.custom_op("fastppo_kernels::linear_sample", mutates_args=())
+def _linear_sample(
+    hidden_BH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    lora_A_KH: Tensor | None,
+    lora_B_VK: Tensor | None,
+    lora_scale: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int,
+    logits_dtype: torch.dtype,
+    sequence_ids_B: Tensor,
+    step_B: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_sample`, of the head's logits, a chunk of rows at a time."""
+    head = _Head(weight_VH, bias_V, lora_A_KH, lora_B_VK, lora_scale, logits_dtype)
+    bias, transform = head.rounded_bias(), Transform(logit_scale, temperature, softcap)
+    token_B, logprob_B = _outputs(hidden_BH, weight_VH.dtype)
+    for chunk in _chunks(len(hidden_BH), chunk_rows):
+        logits_CV = head.logits(hidden_BH[chunk])
+        how = (sequence_ids_B[chunk], step_B[chunk], temperature, top_k, top_p)
+        if use_triton:
+            from . import _triton_sample
+
+            found = _triton_sample.sample(logits_CV, bias, logit_scale, softcap, *how, seed)
+        else:
+            found = _draw_(_rows._capped_(logits_CV, bias, transform, logprob_B.dtype), *how, seed % 2**64)
+        token_B[chunk], logprob_B[chunk] = found
+        del logits_CV  # before the next chunk is made
+    return token_B, logprob_B
+
+
+@_linear_sample.register_fake
+def _(hidden_BH: Tensor, weight_VH: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(hidden_BH, weight_VH.dtype)
+
+
+def _check_draw(
+    like_name: str,
+    like: Tensor,
+    vocab: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    sequence_ids_B: Tensor,
+    step_B: Tensor,
+) -> tuple[Tensor, Tensor, float, int, float, int]:
+    """Raise unless these are arguments for a draw; what the operators take from `sequence_ids_B` to `seed`."""
+    for name, tensor in (("sequence_ids_B", sequence_ids_B), ("step_B", step_B)):
+        check_index(name, tensor)
+        check_shape(name, tensor, (like.shape[0],), f"one for each row of {like_name}")
+        check_device(name, tensor, like_name, like)
+    check_number("temperature", temperature, at_least=0)
+    check_number("top_p", top_p, above=0, at_most=1)
+    check_integer("top_k", top_k, at_least=0)
+    check_integer("seed", seed, at_least=0, at_most=2**64 - 1)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return sequence_ids_B, step_B, float(temperature), min(top_k, vocab), float(top_p), signed
+
+
 @torch.no_grad()
 def sample(
     logits_BV: Tensor,
@@ -65,6 +191,8 @@ def sample(
     The draw is argmax(logits / temperature + Gumbel noise); the noise depends on (seed, sequence id, step, token)
     alone, through Philox4x32-10. So a draw is the same in every batch and at every place in it. The random words are
     also the same on every device, the noise made of them equal up to the rounding of the device's logarithm.
+    (seed, sequence_ids_B, step_B) are all the state there is: the same three give the same draw again, and the next
+    token of a sequence is drawn with the next step. Two draws of one run must differ in sequence id or step.
 
     Args:
         logits_BV: [B, V], float32, bfloat16, float16 or float64; any strides. -inf entries are never drawn.
@@ -92,33 +220,63 @@ def sample(
     check_float("logits", logits_BV)
     if logits_BV.dim() != 2 or logits_BV.shape[1] == 0:
         raise ValueError(f"logits must have shape [B, V] with V >= 1, got {list(logits_BV.shape)}")
-    batch, vocab = logits_BV.shape
-    for name, tensor in (("sequence_ids_B", sequence_ids_B), ("step_B", step_B)):
-        check_index(name, tensor)
-        check_shape(name, tensor, (batch,), "one for each row of logits")
-        check_device(name, tensor, "logits", logits_BV)
+    vocab = logits_BV.shape[1]
+    draw = _check_draw("logits", logits_BV, vocab, temperature, top_k, top_p, seed, sequence_ids_B, step_B)
+    triton = use_triton(logits_BV, backend) and logits_BV.dtype != torch.float64
+    return _sample(logits_BV.detach(), *draw, triton)
+
+
+@torch.no_grad()
+def linear_sample(
+    hidden_BH: Tensor,
+    weight_VH: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    lora_scale: float = 1.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int,
+    sequence_ids_B: Tensor,
+    step_B: Tensor,
+    chunk_rows: int = 1024,
+    logits_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sample` from hidden states and the LM head, whose logits are made a chunk of rows at a time, as `linear_logprob` does:
+
+        logits = cap(logit_scale (hidden weight^T + lora_scale (hidden lora_A^T) lora_B^T + bias))
+
+    Args:
+        hidden_BH: [B, H], float32, bfloat16, float16 or float64; any strides.
+        weight_VH, bias, lora_A, lora_B, lora_scale, softcap, logit_scale, chunk_rows, logits_dtype: as in `linear_logprob`.
+        temperature, top_k, top_p, seed, sequence_ids_B, step_B: as in `sample`.
+        backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. A float64 head always takes
+            the torch form.
+
+    Returns:
+        (token_B int64, logprob_B float32 (float64 for a float64 head)), as in `sample`. The log-probability is the one that
+        `linear_logprob` gives the token for the same rows, arguments and back end: in the torch form to the bit (at
+        temperature 0: of temperature 1), in the Triton form to the rounding of float32. A product of other rows, or of
+        another number of them, may be summed up in another order.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    check_float("hidden", hidden_BH)
     check_number("temperature", temperature, at_least=0)
-    check_number("top_p", top_p, above=0, at_most=1)
-    check_integer("top_k", top_k, at_least=0)
-    check_integer("seed", seed, at_least=0, at_most=2**64 - 1)
-
-    if use_triton(logits_BV, backend) and logits_BV.dtype != torch.float64:
-        from . import _triton_sample
-
-        signed = seed - 2**64 if seed >= 2**63 else seed
-        return _triton_sample.sample(
-            logits_BV.detach(), sequence_ids_B, step_B, float(temperature), top_k, float(top_p), signed
-        )
-
-    z_BV = logits_BV.to(accumulate_dtype(logits_BV.dtype), copy=True)
-    if temperature == 0:
-        z_BV = shift_(z_BV, 1.0, None)
-        token_B = z_BV.argmax(-1)
-    else:
-        z_BV = shift_(z_BV, temperature, None)
-        noise_BV = _gumbel(vocab, seed, sequence_ids_B.long(), step_B.long() & _WORD)
-        token_B = noise_BV.add(_restrict(z_BV, top_k, top_p)).argmax(-1)
-    z_token_B = z_BV.gather(1, token_B[:, None]).squeeze(1)
-    log_sum_B, _ = normalise_(z_BV)
-    logprob_B = z_token_B - log_sum_B
-    return torch.where(logprob_B.isnan(), 0, token_B), logprob_B
+    no_targets_B = hidden_BH.new_zeros(hidden_BH.shape[:1], dtype=torch.int64)
+    head = checked_head(
+        hidden_BH.detach(), weight_VH, no_targets_B, None, bias, lora_A, lora_B, lora_scale, temperature or 1.0, softcap,
+        logit_scale, chunk_rows, logits_dtype,
+    )  # fmt: skip
+    vocab = weight_VH.shape[0]
+    draw = _check_draw("hidden", hidden_BH, vocab, temperature, top_k, top_p, seed, sequence_ids_B, step_B)
+    return _linear_sample(
+        *head[:5], head.lora_scale, head.softcap, head.logit_scale, chunk_rows, head.logits_dtype, *draw,
+        head.use_triton(backend),
+    )  # fmt: skip
