@@ -17,30 +17,43 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def check_float(name: str, tensor: Tensor) -> None:
-    """Raise unless `tensor` is a floating-point tensor."""
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` is one."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` is a floating-point tensor."""
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must have one of the dtypes {_names(FLOAT_DTYPES)}, got {tensor.dtype}")
 
 
 def check_index(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = INDEX_DTYPES) -> None:
     """Raise unless `tensor` is an integer tensor."""
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must have one of the dtypes {_names(dtypes)}, got {tensor.dtype}")
 
 
+def check_both(name: str, first: Tensor | None, second: Tensor | None) -> None:
+    """Raise unless lora_A and lora_B are both given or both None; `name` comes before theirs."""
+    if (first is None) != (second is None):
+        missing, given = ("lora_A", "lora_B") if first is None else ("lora_B", "lora_A")
+        raise ValueError(f"{name}{missing} must be given with {name}{given}, got None")
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
     """Raise unless `tensor` has exactly `shape`; `why` says where that shape comes from."""
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} ({why}), got {list(tensor.shape)}")
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless both tensors are on the same device."""
+    check_tensor(name, tensor)
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {tensor.device}")
 

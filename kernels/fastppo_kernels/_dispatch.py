@@ -1,8 +1,9 @@
 """Which implementation of an op runs: the Triton kernel or the torch twin.
 
-The choice is made per call (``backend=``), else by the environment variable ``FASTPPO_KERNELS``, else by what is there:
-Triton for CUDA tensors where triton is installed, torch for everything else. Under ``TRITON_INTERPRET=1`` the Triton
-kernels also take CPU tensors, which is how they are tested without a GPU.
+The choice is made per call (``backend=``), else by the environment variable ``FASTPPO_KERNELS`` (empty: as if not set),
+else by what is there: Triton for CUDA tensors where triton is installed, torch for everything else. Under
+``TRITON_INTERPRET=1`` the Triton kernels also take CPU tensors, which is how they are tested without a GPU: in float32 and
+float16, for the interpreter's matrix products of bfloat16 are wrong unless a test repairs them.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ def use_triton(tensor: Tensor, backend: Backend | None) -> bool:
     Raises:
         ValueError: an unknown back end, or ``triton`` where it cannot run.
     """
-    name, wanted = ("backend", backend) if backend is not None else (VARIABLE, os.environ.get(VARIABLE, "auto"))
+    name, wanted = ("backend", backend) if backend is not None else (VARIABLE, os.environ.get(VARIABLE) or "auto")
     if wanted not in get_args(Backend):
         raise ValueError(f"{name} must be one of {', '.join(get_args(Backend))}, got {wanted!r}")
     if wanted == "torch":

@@ -2,7 +2,7 @@
 
 What was chosen is kept in ``<folder>/<GPU name>.json``, so that a process that goes on with a run computes as the one before
 it. The folder is the environment variable ``FASTPPO_KERNELS_CACHE``, else ``~/.cache/fastppo_kernels``; set to the empty
-string, nothing is read or written. Entries of another torch or triton are not used.
+string, or where there is no home folder, nothing is read or written. Entries of another torch or triton are not used.
 """
 
 import contextlib
@@ -196,9 +196,14 @@ class Chooser:
 
 @cache
 def _shared(folder: str | None) -> Chooser:
-    if folder is None:
-        return Chooser(Path.home() / ".cache" / "fastppo_kernels")
-    return Chooser(Path(folder).expanduser() if folder else None)
+    if folder == "":
+        return Chooser(None)
+    wanted = "~/.cache/fastppo_kernels" if folder is None else folder
+    try:
+        return Chooser(Path(wanted).expanduser())
+    except RuntimeError as error:  # once, for what this function returns is remembered
+        warnings.warn(f"fastppo_kernels: what is measured cannot be kept in {wanted}: {error}", stacklevel=3)
+        return Chooser(None)
 
 
 def choose(key: str, candidates: Mapping[str, Candidate], device: torch.device) -> str:

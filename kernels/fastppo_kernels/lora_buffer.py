@@ -15,6 +15,7 @@ a diagonal; so no product has zeros in it but those blocks (k and v beside q). T
 adapter's part is added up in the GEMM's own float32 sums: y is neither read again nor rounded twice.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,17 +27,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import accumulate_dtype, check_float, check_integer, check_shape
 from ._lora_ops import product
-from .lora_linear import LoRAProjection, check_projection, flatten_mask
+from .lora_linear import LoRAProjection, check_projection, check_projections, flatten_mask
 
 _MOST = 4
 
-# Steps that torch optimizers have made in this process: some write to parameters without a trace in the version counter.
-_steps = 0
+# Steps that torch optimizers have made with each parameter, by id: some write to it without a trace in the version counter.
+# An id may outlive its parameter, but not one that a buffer holds, and there only a change of the number matters.
+_steps: Counter[int] = Counter()
 
 
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
+def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    _steps.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -47,7 +48,8 @@ class LoRAWeightBuffer:
 
     Args:
         projections: each with a weight [N, K] that is frozen; at least one with an adapter. Weights are copied: point the
-            model's parameter at `weight_view` afterwards, and there is one copy.
+            model's parameter at `weight_view` afterwards, and there is one copy, until something gives that parameter memory
+            of its own, as `module.bfloat16()` and `module.to(...)` do where they change it.
         align: `left` and `right` are multiples of this; 8 keeps rows on 16 bytes in half precision, 64 on whole K tiles.
 
     Attributes:
@@ -65,6 +67,7 @@ class LoRAWeightBuffer:
 
     def __init__(self, projections: Sequence[LoRAProjection], *, align: int = 8) -> None:
         check_integer("align", align, at_least=1)
+        check_projections(projections)
         if not 1 <= len(projections) <= _MOST:
             raise ValueError(f"projections must be 1 to {_MOST}, got {len(projections)}")
         first = projections[0].weight
@@ -105,6 +108,8 @@ class LoRAWeightBuffer:
             self._biases = self._joined_bias(projections[:1]), self._joined_bias(projections[1:])
         self._groups: dict[int, Tensor] = {}
         self._seen: list[tuple[int, ...] | None] = [None] * len(projections)
+        # Keeps the memory that `_seen` has the address of, so that no other can come to have that address.
+        self._kept: list[tuple[Tensor, Tensor] | None] = [None] * len(projections)
         self.refresh()
 
     def _joined_bias(self, projections: Sequence[LoRAProjection]) -> Tensor | None:
@@ -146,8 +151,10 @@ class LoRAWeightBuffer:
     def refresh(self, force: bool = False) -> bool:
         """Copy in the adapters that have changed since; whether any had.
 
-        Looks on the host, at addresses, version counters, and whether any torch optimizer has made a step. What else writes
-        to `parameter.data` or to raw memory goes unseen: `force` copies regardless.
+        Looks on the host, at addresses, version counters, and whether a torch optimizer that was given A or B has made a step.
+        What else writes to `parameter.data` or to raw memory goes unseen, such as weights copied back from an optimizer's own
+        float32 ones: `force` copies regardless. A new Parameter that takes the place of A or B in a model is never seen:
+        `projections` holds the old one.
 
         Entries that are not finite are copied as 0, and the adapter's `column_scale` becomes NaN instead: rows that use it see
         it, rows whose mask is 0 do not.
@@ -157,10 +164,11 @@ class LoRAWeightBuffer:
             lora_A, lora_B, columns = projection.lora_A, projection.lora_B, self._columns[i]
             if lora_A is None or lora_B is None:
                 continue
-            seen = (lora_A.data_ptr(), lora_A._version, lora_B.data_ptr(), lora_B._version, _steps)
+            addresses, versions = (lora_A.data_ptr(), lora_B.data_ptr()), (lora_A._version, lora_B._version)
+            seen = (*addresses, *versions, _steps[id(lora_A)], _steps[id(lora_B)])
             if seen == self._seen[i] and not force:
                 continue
-            self._seen[i], changed = seen, True
+            self._seen[i], self._kept[i], changed = seen, (lora_A.detach(), lora_B.detach()), True
             first = self._rows[0].stop
             rows, across = self._rows[i], columns
             if i > 0:
@@ -189,6 +197,9 @@ class LoRAWeightBuffer:
         """dY of each projection in the gradient buffer, [M, N_i]."""
         return tuple(grad_buffer[:, rows] for rows in self._rows)
 
+    def _rows_of(self, mask: Tensor | None, rows: Tensor) -> Tensor | None:
+        return flatten_mask(mask, rows, [columns.stop - columns.start for columns in self._columns])
+
     def _scaled(self, s_ML: Tensor, mask: Tensor | None) -> Tensor:
         """column_scale * mask * S, from the sums of a product in the dtype of column_scale, so that S is rounded once."""
         scaled = s_ML * self.column_scale
@@ -200,8 +211,11 @@ class LoRAWeightBuffer:
     def fill_s(self, x_buffer: Tensor, mask: Tensor | None = None) -> None:
         """Write S to the borders of the activation buffer, from its X; where no producer has done so.
 
-        mask: [M, G] or None, as `adapter_mask` of `lora_linear`.
+        mask: [M], [M, G] or None, as `adapter_mask` of `lora_linear`.
         """
+        check_float("x_buffer", x_buffer)
+        check_shape("x_buffer", x_buffer, (*x_buffer.shape[:1], self.width), "[M, left + K + right]")
+        mask = self._rows_of(mask, x_buffer)
         sums = product(self.x_of(x_buffer), self.lora_A_stacked.t(), self.column_scale.dtype)
         scaled = self._scaled(sums, mask)
         x_buffer[:, : self.left] = scaled[:, : self.left]
@@ -209,7 +223,8 @@ class LoRAWeightBuffer:
 
     def forward(self, x_buffer: Tensor) -> tuple[Tensor, ...]:
         """y of each projection, [M, N_i], from an activation buffer with X and S; those after the first share memory."""
-        check_shape("x_buffer", x_buffer, (x_buffer.shape[0], self.width), "[M, left + K + right]")
+        check_float("x_buffer", x_buffer)
+        check_shape("x_buffer", x_buffer, (*x_buffer.shape[:1], self.width), "[M, left + K + right]")
         first = self._rows[0].stop
         reach = self.left + self.inputs
         outputs = (F.linear(x_buffer[:, :reach], self.weight[:first, :reach], self._biases[0]),)
@@ -220,6 +235,9 @@ class LoRAWeightBuffer:
 
     def fill_ds(self, grad_buffer: Tensor, mask: Tensor | None = None) -> None:
         """Write dS to the gradient buffer, from its dY's; where no producer has done so. mask: as of `fill_s`."""
+        check_float("grad_buffer", grad_buffer)
+        check_shape("grad_buffer", grad_buffer, (*grad_buffer.shape[:1], len(self.weight)), "[M, N + left + right]")
+        mask = self._rows_of(mask, grad_buffer)
         first = self._rows[0].stop
         dtype = self.column_scale.dtype
         parts = []
@@ -237,7 +255,9 @@ class LoRAWeightBuffer:
         dA and dB are in the dtype of A and B, summed up in float32. None for a projection without adapter, and for what is not
         needed.
         """
-        check_shape("grad_buffer", grad_buffer, (x_buffer.shape[0], len(self.weight)), "[M, N + left + right]")
+        check_float("x_buffer", x_buffer)
+        check_float("grad_buffer", grad_buffer)
+        check_shape("grad_buffer", grad_buffer, (*x_buffer.shape[:1], len(self.weight)), "[M, N + left + right]")
         grad_x = grad_buffer @ self.weight[:, self._middle] if need_x else None
         grad_A: list[Tensor | None] = [None] * len(self.projections)
         grad_B: list[Tensor | None] = [None] * len(self.projections)
@@ -278,7 +298,7 @@ class LoRAWeightBuffer:
             x = x.to(self.dtype)
         if x.dtype != self.dtype:
             raise ValueError(f"x must have the dtype of the weights ({self.dtype}), got {x.dtype}")
-        mask = flatten_mask(adapter_mask, x, [columns.stop - columns.start for columns in self._columns])
+        mask = self._rows_of(adapter_mask, x)
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if not torch.compiler.is_compiling() and not capturing:
             self.refresh()

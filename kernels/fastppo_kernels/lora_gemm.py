@@ -1,13 +1,24 @@
 """A linear map with its LoRA adapter as one product, for few rows (decoding) and for 4-bit weights."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ._checks import accumulate_dtype, check_device, check_float, check_integer, check_number, check_shape
+from ._checks import (
+    FLOAT_DTYPES,
+    accumulate_dtype,
+    check_both,
+    check_device,
+    check_float,
+    check_integer,
+    check_number,
+    check_shape,
+)
 from ._dispatch import Backend, use_triton
 
 # NormalFloat4: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E.
@@ -37,7 +48,14 @@ class NF4Weight(NamedTuple):
     blocksize: int = 64
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K]: code times absmax in float32, rounded once to `dtype`."""
+        """The weight [N, K]: code times absmax in float32, rounded once to `dtype`.
+
+        Raises:
+            ValueError: fields that do not fit together, or another dtype than float32, bfloat16, float16 and float64.
+        """
+        _check_nf4(self)
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be one of float32, bfloat16, float16, float64, got {dtype}")
         return _dequantise(self.packed, self.absmax, self.shape, self.blocksize, dtype)
 
     @classmethod
@@ -206,8 +224,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad_MN: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    # What was saved is passed on, so that differentiating again raises whatever of it requires a gradient.
+    return _gradients(ctx, grad_MN, *ctx.saved_tensors)
+
+
+@once_differentiable
+def _gradients(
+    ctx: Any,
+    grad_MN: Tensor,
+    x_MK: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    lora_A_RK: Tensor,
+    lora_B_NR: Tensor,
+    factor_MR: Tensor | None,
+    s_MR: Tensor,
+) -> tuple[Tensor | None, ...]:
     """dX = dY W + dS A is the same op the other way round; dS = scale factor * (dY B), dA = dS^T x, dB = dY^T S."""
-    x_MK, weight, absmax, lora_A_RK, lora_B_NR, factor_MR, s_MR = ctx.saved_tensors
     shape, blocksize, scale, transposed, triton = ctx.settings
     base = (weight, absmax, shape, blocksize)
     grads: list[Tensor | None] = [None] * 13
@@ -244,8 +277,8 @@ _lora_gemm.register_autograd(_backward, setup_context=_setup)
 
 def _check_nf4(weight: NF4Weight) -> None:
     packed, absmax, shape, blocksize = weight
-    if len(shape) != 2:
-        raise ValueError(f"weight.shape must be (N, K), got {tuple(shape)}")
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ValueError(f"weight.shape must be (N, K), got {shape!r}")
     check_integer("weight.shape[0]", shape[0], at_least=1)
     check_integer("weight.shape[1]", shape[1], at_least=1)
     check_integer("weight.blocksize", blocksize, at_least=2)
@@ -266,10 +299,9 @@ def _check_adapter(
     lora_A: Tensor | None, lora_B: Tensor | None, x: Tensor, shape: tuple[int, int], only_second: bool, transposed: bool
 ) -> int:
     """The rank; raise unless both factors, or (S is given) at least the one that is applied to it, fit."""
-    present = [lora for lora in (lora_A, lora_B) if lora is not None]
     needed = lora_A if transposed else lora_B
-    if len(present) == 1 and not (only_second and needed is not None):
-        raise ValueError("lora_A and lora_B must both be given, or neither; with s, at least the one that it is multiplied by")
+    if not only_second:
+        check_both("", lora_A, lora_B)
     if only_second and needed is None:
         raise ValueError(f"s needs {'lora_A' if transposed else 'lora_B'}, got None")
     rank = 0
@@ -300,7 +332,7 @@ def lora_gemm(
     with_s: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A linear map and its LoRA adapter in one accumulator, differentiable in x, lora_A, lora_B, bias, s and a dense weight:
+    """A linear map and its LoRA adapter in one accumulator, differentiable once in x, lora_A, lora_B, bias, s, a dense weight:
 
         y = x weight^T + bias + S lora_B^T,    S = scale * factor * (x lora_A^T)
         y = x weight + bias + S lora_A,        S = scale * factor * (x lora_B)      with `transposed`, the gradient of the input
@@ -321,8 +353,8 @@ def lora_gemm(
         factor: [..., R] with the leading shape of `x`, or broadcast to it; floating point or bool: what each column of S is
             multiplied by in each row. Where it is 0, S is 0 and nothing of that column's adapter is seen, even if it is NaN.
             No gradient. None: 1.
-        s: [..., R] in the dtype of `x`: S, where it is known already. Then `scale`, `factor` and lora_A (transposed: lora_B)
-            are not used.
+        s: [..., R] in the dtype of `x`: S, where it is known already, with scale and factor in it. Then `scale` and lora_A
+            (transposed: lora_B) are not used, and `factor` must be None.
         with_s: also return S, for a backward of the caller's own; it has no gradient.
         backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. float64 always takes the torch
             form.
@@ -336,6 +368,8 @@ def lora_gemm(
     check_float("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., K], K >= 1, got {list(x.shape)}")
+    if not isinstance(weight, NF4Weight):
+        check_float("weight", weight)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = weight if isinstance(weight, NF4Weight) else weight.to(x.dtype)
@@ -345,7 +379,6 @@ def lora_gemm(
         shape = (weight.shape[0], weight.shape[1])
         values, absmax, blocksize = weight.packed, weight.absmax, weight.blocksize
     else:
-        check_float("weight", weight)
         if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
             raise ValueError(f"weight must have shape [N, K], N, K >= 1, got {list(weight.shape)}")
         if weight.dtype != x.dtype:
@@ -365,6 +398,8 @@ def lora_gemm(
         check_device("bias", bias, "x", x)
     factor_MR, s_MR = None, None
     if s is not None:
+        if factor is not None:
+            raise ValueError("factor must be None where s is given, which has it in it already")
         check_float("s", s)
         check_shape("s", s, (*leading, rank), "the leading shape of x, and R")
         check_device("s", s, "x", x)

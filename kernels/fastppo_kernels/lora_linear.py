@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _lora_ops
-from ._checks import check_device, check_float, check_number, check_shape
+from ._checks import check_both, check_device, check_float, check_number, check_shape
 from ._dispatch import VARIABLE, Backend, use_triton
 
 
@@ -86,6 +86,15 @@ def _needs(ctx: Any, projections: int) -> list[_lora_ops.Needs]:
     return [_lora_ops.Needs(*flags[i : i + _lora_ops.FIELDS]) for i in range(0, len(flags), _lora_ops.FIELDS)]
 
 
+def check_projections(projections: Sequence[LoRAProjection]) -> None:
+    """Raise unless it is a sequence of `LoRAProjection`, which are tuples themselves."""
+    if not isinstance(projections, Sequence) or isinstance(projections, (LoRAProjection, str)):
+        raise ValueError(f"projections must be a sequence of LoRAProjection, got {type(projections).__name__}")
+    for i, projection in enumerate(projections):
+        if not isinstance(projection, LoRAProjection):
+            raise ValueError(f"projections[{i}] must be a LoRAProjection, got {type(projection).__name__}")
+
+
 def check_projection(name: str, projection: LoRAProjection, x: Tensor, autocast: bool, like_name: str = "x") -> None:
     """Raise unless the projection fits `x` [..., K], in dtype too unless autocast casts it; `like_name` names x."""
     weight, lora_A, lora_B, scale, bias = projection
@@ -98,8 +107,7 @@ def check_projection(name: str, projection: LoRAProjection, x: Tensor, autocast:
     if weight.dtype != x.dtype and not autocast:
         raise ValueError(f"{name}weight must have the dtype of {like_name} ({x.dtype}), got {weight.dtype}")
     check_number(f"{name}scale", scale)
-    if (lora_A is None) != (lora_B is None):
-        raise ValueError(f"{name}lora_A and {name}lora_B must both be given, or neither")
+    check_both(name, lora_A, lora_B)
     if lora_A is not None and lora_B is not None:
         check_float(f"{name}lora_A", lora_A)
         check_float(f"{name}lora_B", lora_B)
@@ -169,6 +177,7 @@ def lora_linear_group(
     check_float("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., K], K >= 1, got {list(x.shape)}")
+    check_projections(projections)
     if len(projections) == 0:
         raise ValueError("projections must not be empty")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
@@ -197,8 +206,8 @@ def lora_linear_group(
 def lora_linear(
     x: Tensor,
     weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
     scale: float = 1.0,
     *,
     bias: Tensor | None = None,
@@ -216,7 +225,7 @@ def lora_linear(
         x: [..., K], float32, bfloat16, float16 or float64; any strides. M is the number of its rows.
         weight: [N, K] in the dtype of `x`, any strides. Under autocast both are cast.
         lora_A: [R, K]. lora_B: [N, R]. Of any of these dtypes: they are rounded to that of `x` for the products, and their
-            gradients are summed up in float32 and given in their own dtype.
+            gradients are summed up in float32 and given in their own dtype. Both None: the plain linear map, no adapter.
         scale: a finite number, lora_alpha / R, or lora_alpha / sqrt(R) for rsLoRA.
         bias: [N] or None.
         adapter_mask: which rows use the adapter: bool, or a factor for each; [M] or the leading shape of `x`. With one more

@@ -27,10 +27,33 @@ from .lora_linear import lora_linear
 Masks = Tensor | Mapping[str, Tensor]
 
 
+_UNKNOWN = (
+    "adapter_mask is active around a backward that computes a checkpointed pass again, whose own mask is not known: enter the "
+    "context inside the checkpointed function; if that pass had no mask, call backward outside of the context"
+)
+
+
 class _Patch:
     """What the patched layers of one model share: the masks of the `adapter_mask` that is active, if any."""
 
     masks: Masks | None = None
+    checkpoints = False  # whether what transformers checkpoints under these masks is computed again under them
+    backward = -1  # the run of backward that the masks were set in, -1 for none
+
+    def active(self) -> Masks | None:
+        """The masks for the pass that a layer is in.
+
+        What backward computes again brings the masks of its own pass with it, see `_checkpoint_under`: those that were in
+        force when backward was called are not for it.
+        """
+        if self.masks is None or torch.compiler.is_compiling() or self.is_current():
+            return self.masks
+        if self.checkpoints:
+            return None  # a pass made outside of `adapter_mask`
+        raise ValueError(_UNKNOWN)
+
+    def is_current(self) -> bool:
+        return torch._C._current_graph_task_id() == self.backward
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a copy made inside `adapter_mask` is not under it
@@ -44,7 +67,7 @@ class _FastLayer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
-        masks = self._fastppo_patch.masks
+        masks = self._fastppo_patch.active()
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         if layer.merged or (names and not layer.disable_adapters):
             operands = _operands(layer, names, x, args, kwargs)
@@ -152,6 +175,8 @@ def _adapter(layer: Any, name: str, *, now: bool) -> _Adapter | str:
     if name in layer.lora_variant:
         return "DoRA" if layer.use_dora.get(name) else type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
     dropout = layer.lora_dropout[name]
+    if not _is_plain(dropout, type(dropout).forward):
+        return "lora_dropout with hooks or a forward of its own"
     if type(dropout) is nn.Dropout:
         if dropout.p > 0 and (dropout.training or not now):
             return "lora_dropout > 0 (in training mode)"
@@ -366,14 +391,19 @@ def adapter_mask(model: Any, mask: Masks) -> Iterator[None]:
 
     The gradient of a token is that of what acted on it; no gradient goes to the mask. A token whose mask is 0 gets the base
     layer's output exactly, whatever the adapter holds. Not switched: ``modules_to_save`` and trained biases, which have no
-    adapter form. Backward may run after the context, under transformers' gradient checkpointing too; around a
-    ``torch.utils.checkpoint`` of your own, enter the context inside the checkpointed function.
+    adapter form. Backward may run inside the context or after it, for passes made with other masks or none as well, under
+    transformers' gradient checkpointing too (switched on before the context is entered). Around a ``torch.utils.checkpoint``
+    of your own, enter the context inside the checkpointed function: what its backward computes again would have no mask.
+    Layers that are compiled one by one under gradient checkpointing want backward outside of the context.
 
     Args:
         model: a model after `patch_peft`.
-        mask: bool or floating point, of a shape that broadcasts to the tokens of every adapted layer: [T], [B, T] or [B, 1].
-            For several active adapters it switches them together; a mapping from adapter names to masks switches them one by
-            one, and those it does not name act on every token.
+        mask: bool, or a finite factor for each token (any, negative ones too), of a shape that broadcasts to the tokens of
+            every adapted layer: [T], [B, T], [B, 1], or 0-d for all of them. One dimension is always the tokens: a mask of
+            rows is [B, 1], never [B], which would be taken for [T] where B is T. Integers are refused, for they might be
+            meant as numbers of adapters: `mask.bool()` makes a mask of zeros and ones. For several active adapters it switches
+            them together; a mapping from adapter names to masks switches them one by one, and those it does not name act on
+            every token.
 
     Raises:
         ValueError: a model with LoRA layers that are not patched, a wrong mask or adapter name, and, when the model is
@@ -399,7 +429,7 @@ def adapter_mask(model: Any, mask: Masks) -> Iterator[None]:
     try:
         for module, function in zip(checkpointed, functions, strict=True):
             module._gradient_checkpointing_func = _checkpoint_under(function, list(patches), mask)
-        with _masked(patches, mask):
+        with _masked(patches, mask, any(getattr(module, "gradient_checkpointing", False) for module in checkpointed)):
             yield
     finally:
         for module, function in zip(checkpointed, functions, strict=True):
@@ -407,15 +437,16 @@ def adapter_mask(model: Any, mask: Masks) -> Iterator[None]:
 
 
 @contextmanager
-def _masked(patches: Any, masks: Masks) -> Iterator[None]:
-    before = [patch.masks for patch in patches]
+def _masked(patches: Any, masks: Masks, checkpoints: bool) -> Iterator[None]:
+    before = [(patch.masks, patch.checkpoints, patch.backward) for patch in patches]
+    now = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
     try:
         for patch in patches:
-            patch.masks = masks
+            patch.masks, patch.checkpoints, patch.backward = masks, checkpoints, now
         yield
     finally:
-        for patch, masks_before in zip(patches, before, strict=True):
-            patch.masks = masks_before
+        for patch, state in zip(patches, before, strict=True):
+            patch.masks, patch.checkpoints, patch.backward = state
 
 
 def _checkpoint_under(checkpoint: Callable[..., Any], patches: list[_Patch], masks: Masks) -> Callable[..., Any]:
@@ -424,9 +455,11 @@ def _checkpoint_under(checkpoint: Callable[..., Any], patches: list[_Patch], mas
     def checkpoint_under(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiled graph holds the masks and is not traced again
             return checkpoint(function, *args, **kwargs)
+        if not all(patch.is_current() for patch in patches):  # one checkpoint inside another
+            raise ValueError(_UNKNOWN)
 
         def again(*inner: Any, **inner_kwargs: Any) -> Any:
-            with _masked(patches, masks):
+            with _masked(patches, masks, True):
                 return function(*inner, **inner_kwargs)
 
         return checkpoint(again, *args, **kwargs)

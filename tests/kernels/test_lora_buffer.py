@@ -210,6 +210,47 @@ def test_refresh_follows_the_optimizer():
     compare(buffer, projections, x.requires_grad_(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+def test_an_address_that_is_used_again_is_not_mistaken_for_the_old(which):
+    projections = projections_for()
+    buffer, parameter = LoRAWeightBuffer(projections), getattr(projections[0], which)
+    address = parameter.data_ptr()
+    for _ in range(100):  # until the allocator gives what the first value was in, if that is free
+        parameter.data = torch.randn_like(parameter)
+        if parameter.data_ptr() == address:
+            break
+    assert buffer.refresh()
+    compare(buffer, projections, torch.randn(4, 16, dtype=torch.float64, requires_grad=True))
+
+
+def test_an_optimizer_of_other_parameters_changes_nothing():
+    projections, critic = projections_for(), torch.nn.Linear(16, 1)
+    buffer, x = LoRAWeightBuffer(projections), torch.randn(3, 16, dtype=torch.float64)
+    critic(x.float()).sum().backward()
+    first = buffer(x)[0].sum()
+    torch.optim.SGD(critic.parameters(), lr=0.1).step()
+    (first + buffer(x)[0].sum()).backward()
+    first = buffer(x)[0].sum()
+    torch.optim.SGD([{"params": list(critic.parameters())}, {"params": [projections[2].lora_B]}], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (first + buffer(x)[0].sum()).backward()
+
+
+def test_masks_of_one_dimension_in_the_parts():
+    projections = projections_for()
+    buffer, mask = LoRAWeightBuffer(projections), torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
+    x_buffer, grad_buffer = torch.randn(3, buffer.width).double(), torch.randn(3, len(buffer.weight)).double()
+    for fill, rows in ((buffer.fill_s, x_buffer), (buffer.fill_ds, grad_buffer)):
+        column = rows.clone()
+        fill(rows, mask)
+        fill(column, mask[:, None])
+        assert torch.equal(rows, column)
+        with pytest.raises(ValueError, match="adapter_mask must have the leading shape"):
+            fill(rows, torch.ones(4))
+        with pytest.raises(ValueError, match="_buffer must be a tensor, got NoneType"):
+            fill(None)
+
+
 def test_a_refresh_between_forward_and_backward_raises():
     projections = projections_for()
     buffer = LoRAWeightBuffer(projections)
@@ -291,6 +332,14 @@ def test_wrong_arguments():
     good = projections_for()
     with pytest.raises(ValueError, match="projections must be 1 to 4, got 0"):
         LoRAWeightBuffer([])
+    for wrong, message in [
+        (None, "projections must be a sequence of LoRAProjection, got NoneType"),
+        (good[0], "projections must be a sequence of LoRAProjection, got LoRAProjection"),
+        ([good[0].weight], r"projections\[0\] must be a LoRAProjection, got Tensor"),
+        ([tuple(good[0])], r"projections\[0\] must be a LoRAProjection, got tuple"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LoRAWeightBuffer(wrong)
     with pytest.raises(ValueError, match="projections must have at least one adapter"):
         LoRAWeightBuffer(projections_for(((4, None), (3, None))))
     with pytest.raises(ValueError, match=r"projections\[0\].weight must be frozen"):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastppo_kernels.lora_gemm import lora_gemm
+from fastppo_kernels.lora_gemm import NF4Weight, lora_gemm
 
 poisoned = helpers.poisoned
 PROCESSORS = "fastppo_kernels._triton_lora_gemm._processors"
@@ -266,15 +266,17 @@ def test_autocast():
         ({"weight": torch.ones(16, 8, device="meta")}, "weight must be on the device of x"),
         ({"lora_A": torch.ones(4, 9)}, r"lora_A must have shape \[4, 8\]"),
         ({"lora_A": torch.ones(4)}, r"lora_A must have shape \[R, K\]"),
-        ({"lora_A": None}, "lora_A and lora_B must both be given"),
-        ({"lora_B": None}, "lora_A and lora_B must both be given"),
+        ({"weight": None}, "weight must be a tensor, got NoneType"),
+        ({"lora_A": None}, "lora_A must be given with lora_B, got None"),
+        ({"lora_B": None}, "lora_B must be given with lora_A, got None"),
         ({"lora_B": torch.ones(16, 5)}, r"lora_B must have shape \[16, 4\]"),
-        ({"lora_B": None, "s": torch.ones(3, 4)}, "must both be given, or neither"),
+        ({"lora_B": None, "s": torch.ones(3, 4)}, "s needs lora_B, got None"),
         ({"lora_A": None, "lora_B": None, "s": torch.ones(3, 4)}, "s needs lora_B, got None"),
         ({"scale": float("nan")}, "scale must be a finite number"),
         ({"bias": torch.ones(8)}, r"bias must have shape \[16\]"),
         ({"factor": torch.ones(2, 4)}, r"factor must broadcast to \[3, 4\]"),
         ({"factor": torch.ones(3, 4, dtype=torch.int64)}, "factor must be a bool or floating-point tensor"),
+        ({"factor": torch.ones(3, 4), "s": torch.ones(3, 4)}, "factor must be None where s is given"),
         ({"s": torch.ones(3, 3)}, r"s must have shape \[3, 4\]"),
         ({"s": torch.ones(3, 4).double()}, "s must have the dtype of x"),
         ({"transposed": True}, r"x must have 16 columns \(N of weight\), got 8"),
@@ -285,6 +287,33 @@ def test_wrong_arguments(wrong, message):
     right = {"x": torch.ones(3, 8), "weight": torch.ones(16, 8), "lora_A": torch.ones(4, 8), "lora_B": torch.ones(16, 4)}
     with pytest.raises(ValueError, match=message):
         lora_gemm(**(right | wrong))
+
+
+@pytest.mark.parametrize("leaf", ["x", "lora_A", "lora_B"])
+def test_differentiating_twice_raises(leaf):
+    shapes = {"x": (3, 8), "weight": (16, 8), "lora_A": (4, 8), "lora_B": (16, 4)}
+    arguments = {name: torch.randn(shape) for name, shape in shapes.items()}
+    arguments[leaf].requires_grad_()
+    (grad,) = torch.autograd.grad(lora_gemm(**arguments).square().sum(), arguments[leaf], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"absmax": torch.zeros(9)}, r"weight.absmax must have shape \[8\]"),
+        ({"absmax": None}, "weight.absmax must be a contiguous float32 tensor"),
+        ({"packed": torch.zeros(256)}, "weight.packed must be a contiguous uint8 tensor"),
+        ({"shape": 4}, r"weight.shape must be \(N, K\), got 4"),
+        ({"blocksize": 48}, "weight.blocksize must be a power of two"),
+        ({}, "dtype must be one of float32, bfloat16, float16, float64, got torch.int32"),
+    ],
+)
+def test_wrong_weights_are_not_dequantised(wrong, message):
+    right = NF4Weight(torch.zeros(256, dtype=torch.uint8), torch.zeros(8), (8, 64), 64)
+    with pytest.raises(ValueError, match=message):
+        right._replace(**wrong).dequantize(torch.float32 if wrong else torch.int32)
 
 
 @linux

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from fastppo_kernels import _lora_ops
+from fastppo_kernels._checks import check_device, check_shape
 from fastppo_kernels.lora_linear import LoRAProjection, lora_linear, lora_linear_group
 
 # The package exports the function under the module's name.
@@ -473,7 +474,11 @@ def test_auto_takes_what_was_measured_to_be_faster(monkeypatch, chosen):
         ({"weight": torch.randn(5, 6).bfloat16()}, "weight must have the dtype of x"),
         ({"weight": torch.randn(5, 6, device="meta")}, "weight must be on the device of x"),
         ({"lora_A": torch.randn(2, 5)}, r"lora_A must have shape \[R, 6\]"),
-        ({"lora_A": None}, "must both be given"),
+        ({"x": None}, "x must be a tensor, got NoneType"),
+        ({"weight": None}, "weight must be a tensor, got NoneType"),
+        ({"bias": 1.0}, "bias must be a tensor, got float"),
+        ({"lora_A": None}, "lora_A must be given with lora_B, got None"),
+        ({"lora_B": None}, "lora_B must be given with lora_A, got None"),
         ({"lora_B": torch.randn(5, 3)}, r"lora_B must have shape \[5, 2\]"),
         ({"lora_B": torch.ones(5, 2, dtype=torch.int32)}, "lora_B must have one of the dtypes"),
         ({"scale": float("nan")}, "scale must be a finite number"),
@@ -496,5 +501,29 @@ def test_wrong_arguments_of_a_group_name_the_projection():
     good = LoRAProjection(torch.randn(5, 6))
     with pytest.raises(ValueError, match="projections must not be empty"):
         lora_linear_group(x, [])
+    for projections, came in [(None, "NoneType"), (good, "LoRAProjection"), (x, "Tensor")]:
+        with pytest.raises(ValueError, match=f"projections must be a sequence of LoRAProjection, got {came}"):
+            lora_linear_group(x, projections)
+    for projection, came in [((good.weight,), "tuple"), (good.weight, "Tensor"), (None, "NoneType")]:
+        with pytest.raises(ValueError, match=rf"projections\[1\] must be a LoRAProjection, got {came}"):
+            lora_linear_group(x, [good, projection])
+    with pytest.raises(ValueError, match=r"projections\[1\].lora_B must be given with projections\[1\].lora_A, got None"):
+        lora_linear_group(x, [good, good._replace(lora_A=torch.randn(2, 6))])
     with pytest.raises(ValueError, match=r"projections\[1\].weight must have shape"):
         lora_linear_group(x, [good, LoRAProjection(torch.randn(5, 7))])
+
+
+def test_checks_refuse_what_is_no_tensor():
+    for check in (check_shape, check_device):
+        with pytest.raises(ValueError, match="mask must be a tensor, got NoneType"):
+            check("mask", None, *(((3,), "that of x") if check is check_shape else ("x", torch.ones(3))))
+
+
+def test_without_an_adapter_it_is_the_plain_map():
+    x, weight, bias = torch.randn(3, 6), torch.randn(5, 6), torch.randn(5)
+    assert torch.equal(lora_linear(x, weight, None, None, bias=bias), F.linear(x, weight, bias))
+
+
+def test_an_empty_variable_is_as_if_not_set(monkeypatch):
+    monkeypatch.setenv("FASTPPO_KERNELS", "")
+    assert lora_linear(torch.randn(3, 6), torch.randn(5, 6), None, None).shape == (3, 5)

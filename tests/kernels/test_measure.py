@@ -174,6 +174,20 @@ def test_the_environment_names_the_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("folder", ["~nosuchuser/x", None])
+def test_without_a_home_folder_choices_are_in_memory_only(folder, monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.setattr(Path, "home", lambda: no_home(None))
+    _measure._shared.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be kept in ~.*: Could not determine home directory") as caught:
+        assert [_measure._shared(folder).folder for _ in range(3)] == [None] * 3
+    assert len(caught) == 1
+    _measure._shared.cache_clear()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_timer_orders_by_work(tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())

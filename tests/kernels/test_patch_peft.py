@@ -65,9 +65,7 @@ def test_outputs_and_gradients_are_pefts(kind, calls):
     assert len(calls) == len(layers_of(model))
 
 
-@given(
-    st.lists(st.integers(0, 4), max_size=3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.booleans()
-)
+@given(st.lists(st.integers(0, 4), max_size=3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_shapes(leading, width_in, width_out, rank, bias):
     model = adapted(nn.Sequential(nn.Linear(width_in, width_out, bias=bias)), r=rank, target_modules=["0"])
@@ -458,3 +456,14 @@ def test_a_class_changed_by_others_is_not_unpatched():
     layer.__class__ = type("Sharded", (type(layer),), {})
     with pytest.raises(ValueError, match="changed since, to Sharded"):
         unpatch_peft(fast)
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_on_the_dropout_is_called(kind):
+    model, x = toy()
+    seen = []
+    for layer in layers_of(model):
+        getattr(layer.lora_dropout["default"], kind)(lambda *_: seen.append(1))
+    fast = patched_with_warning(model, r"2 of 2 .*lora_dropout with hooks or a forward of its own: 2")
+    torch.testing.assert_close(fast(x), model(x))
+    assert len(seen) == 4

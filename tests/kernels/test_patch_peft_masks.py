@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft_models import causal_lm, outputs_of, patched, patched_with_warning, plain, run, toy, toy_4bit
+from torch.utils.checkpoint import checkpoint
 
 from fastppo_kernels import adapter_mask
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_enable)?` is deprecated:FutureWarning")
 
 
 def test_masks_on_an_nf4_base():
@@ -75,6 +76,9 @@ def test_masks_of_tokens_and_of_named_adapters():
             return model(x)
 
     on, off = only("default", "value"), only()
+    for value in (0.0, 1.0):  # 0-d: every token
+        with adapter_mask(fast, torch.tensor(value)):
+            torch.testing.assert_close(fast(x), on if value else off)
     token = torch.tensor([1.0, 0, 1, 0, 0])
     for mask in (token, token[None], token.bool(), token.expand(2, 5)):
         with adapter_mask(fast, mask):
@@ -126,6 +130,64 @@ def test_checkpointed_layers_remember_their_mask(reentrant):
     for name, grad in wanted.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5)
     assert function == [m._gradient_checkpointing_func for m in fast.modules() if "_gradient_checkpointing_func" in vars(m)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpointed_passes_without_a_mask_have_none_when_computed_again(reentrant, nested):
+    """Backward runs inside a context that the first pass was made outside of."""
+    model, ids = causal_lm("llama")
+    fast = patched(model).train()
+    first, second = torch.tensor([[1.0], [0], [1]]), torch.tensor([[0.0], [1], [-1]])
+
+    def grads():
+        fast.zero_grad()
+        loss = outputs_of(fast, ids).square().sum()
+        with adapter_mask(fast, first):
+            loss = loss + outputs_of(fast, ids).sum()
+            if nested:
+                with adapter_mask(fast, second):
+                    (loss + outputs_of(fast, ids).pow(3).sum()).backward()
+            else:
+                loss.backward()
+        return {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
+
+    wanted = grads()
+    fast.enable_input_require_grads()
+    fast.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(grads(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_ones_own_takes_its_mask_with_it_or_raises():
+    model, x = toy()
+    fast, mask = patched(model), torch.tensor([[1.0], [0.0]])
+
+    def masked(x):
+        with adapter_mask(fast, mask):
+            return fast(x)
+
+    def grads(forward):
+        fast.zero_grad()
+        forward(x.clone().requires_grad_()).square().sum().backward()
+        return {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
+
+    wanted = grads(masked)
+    for reentrant in (False, True):
+        torch.testing.assert_close(grads(lambda x: checkpoint(masked, x, use_reentrant=reentrant)), wanted)  # noqa: B023
+        with adapter_mask(fast, 1 - mask):
+            torch.testing.assert_close(grads(lambda x: checkpoint(masked, x, use_reentrant=reentrant)), wanted)  # noqa: B023
+            with pytest.raises(ValueError, match="whose own mask is not known"):
+                grads(lambda x: checkpoint(fast, x, use_reentrant=reentrant))  # noqa: B023
+
+
+def test_a_checkpoint_of_ones_own_around_checkpointed_layers_raises():
+    model, ids = causal_lm("llama")
+    fast = patched(model).train()
+    fast.gradient_checkpointing_enable()
+    embedded = fast.get_input_embeddings()(ids).requires_grad_()
+    loss = checkpoint(lambda x: fast(inputs_embeds=x).logits, embedded, use_reentrant=True).sum()
+    with pytest.raises(ValueError, match="whose own mask is not known"), adapter_mask(fast, torch.ones(9)):
+        loss.backward()
 
 
 def test_a_compiled_model_takes_masks():
