@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ._checks import check_device, check_index, check_integer, check_range
 from ._gather import Occurrences, occurrences
 
 T = TypeVar("T")
@@ -41,13 +43,17 @@ class Bucket:
 class TreeLayout:
     """Who attends to whom in a packed tree.
 
-    cu_q: int32 [S + 1], cumulative numbers of query rows of the segments; segments cover the rows in order.
-    cu_k: int32 [S + 1], cumulative path lengths. kv_index: int64 [cu_k[-1]], rows of each segment's root path.
+    cu_q: int32 or int64 [S + 1], cumulative numbers of query rows of the segments; segments cover the rows in order.
+    cu_k: like cu_q, cumulative path lengths. kv_index: int64 [cu_k[-1]], rows of each segment's root path.
     root: number of rows (0, 1, ..., root - 1) with which every path begins.
     past: rows at the front of K and V that have no query here (a prefix computed before); query row ``i`` is row
         ``past + i`` of K and V. Then ``root >= past`` and ``kv_index`` counts the rows of K and V.
     max_q, max_k: most queries of a segment and longest path, or more; None: looked up when first needed, which on a GPU
         waits for it, once, and which torch.compile cannot trace.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that do not fit. Values of the tensors are looked at when the layout is
+            first used, on the CPU alone.
     """
 
     cu_q: Tensor
@@ -60,6 +66,7 @@ class TreeLayout:
     _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_tree(self.cu_q, self.cu_k, self.kv_index, self.root, self.past, self.max_q, self.max_k)
         _LAYOUTS[id(self.kv_index)] = self
 
     @cached_property
@@ -156,3 +163,52 @@ def hidden(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     distance = q_pos[..., :, None] - k_pos[..., None, :]
     unseen = distance < 0
     return unseen if window is None else unseen | (distance >= window)
+
+
+def check_tree(
+    cu_q: Tensor, cu_k: Tensor, kv_index: Tensor, root: int, past: int, max_q: int | None, max_k: int | None
+) -> None:  # fmt: skip
+    """Raise unless shapes, dtypes, devices and numbers fit each other."""
+    check_index("kv_index", kv_index, (torch.int64,))
+    if kv_index.ndim != 1:
+        raise ValueError(f"kv_index must have shape [N], got {list(kv_index.shape)}")
+    for name, x in (("cu_q", cu_q), ("cu_k", cu_k)):
+        check_index(name, x)
+        if x.ndim != 1 or x.shape[0] == 0 or x.shape != cu_q.shape:
+            raise ValueError(f"{name} must have shape [S + 1], the same for cu_q and cu_k, got {list(x.shape)}")
+        check_device(name, x, "kv_index", kv_index)
+    check_integer("past", past, at_least=0)
+    check_integer("root", root, at_least=0)
+    for name, bound in (("max_q", max_q), ("max_k", max_k)):
+        if bound is not None:
+            check_integer(name, bound, at_least=0)
+
+
+def check_values(layout: TreeLayout, queries: int) -> None:
+    """Raise unless the tensors hold a tree of ``queries`` rows. For the CPU: elsewhere it would wait for the device."""
+    root, past, rows = layout.root, layout.past, layout.kv_index.tolist()
+    cu_q, cu_k = layout.host_lists
+    for name, cu, end in (("cu_q", cu_q, queries), ("cu_k", cu_k, len(rows))):
+        if cu[0] != 0 or cu[-1] != end or cu != sorted(cu):
+            raise ValueError(f"{name} must go up from 0 to {end}, got {cu if len(cu) < 9 else 'other values'}")
+    check_range("kv_index", layout.kv_index, past + queries, "rows of k")
+    root_rows = list(range(root))
+    for s in range(len(cu_q) - 1):
+        own_rows, path = list(range(past + cu_q[s], past + cu_q[s + 1])), rows[cu_k[s] : cu_k[s + 1]]
+        if len(path) < len(own_rows):
+            raise ValueError(f"cu_k: a segment has a root path shorter than its queries, {len(path)} < {len(own_rows)}")
+        if path[len(path) - len(own_rows) :] != own_rows:
+            raise ValueError(f"kv_index: the path of segment {s} must end with its own rows {own_rows[0]} to {own_rows[-1]}")
+        if path[:root] != root_rows:
+            raise ValueError(f"root: not every root path begins with the rows 0 to {root - 1}")
+    if len(cu_q) > 1 and root - past > cu_q[1]:
+        raise ValueError(f"root: its rows belong to the first segment, which has {cu_q[1]} queries")
+    for name, bound, cu in (("max_q", layout.max_q, cu_q), ("max_k", layout.max_k, cu_k)):
+        longest = max((b - a for a, b in zip(cu, cu[1:], strict=False)), default=0) if bound is not None else 0
+        if bound is not None and bound < longest:
+            raise ValueError(f"{name} must be at least {longest}, the most of a segment, got {bound}")
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Scores and sums stay float32 within, whatever autocast says. Entering takes a few microseconds: only where it is on."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from ._attention_layout import TreeLayout, hidden
+from ._attention_layout import TreeLayout, hidden, no_autocast
 from ._attention_varlen import deterministic
 from ._gather import Occurrences, gather_rows, occurrences
 
@@ -111,16 +111,18 @@ class _SDPAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, plan: Rectangles, scale: float, window: int | None):
         ctx.plan, ctx.scale, ctx.window = plan, scale, window
         ctx.save_for_backward(q, k, v)
-        return _sdpa(q, k, v, plan, scale, window)
+        with no_autocast(q.device):
+            return _sdpa(q, k, v, plan, scale, window)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         q, k, v = rows = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            out = _sdpa(q, k, v, ctx.plan, ctx.scale, ctx.window)
-        with deterministic() if d_out.is_cuda else nullcontext():
-            grads = torch.autograd.grad(out, rows, d_out)
+        with no_autocast(q.device):
+            with torch.enable_grad():
+                out = _sdpa(q, k, v, ctx.plan, ctx.scale, ctx.window)
+            with deterministic() if d_out.is_cuda else nullcontext():
+                grads = torch.autograd.grad(out, rows, d_out)
         return *grads, None, None, None
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._attention_layout import Bucket, TreeLayout, hidden, layout_of
-from ._checks import accumulate_dtype
+from ._attention_layout import Bucket, TreeLayout, hidden, layout_of, no_autocast
+from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
 from ._gather import add_rows_
 
 
@@ -84,7 +84,7 @@ def _ungroup_heads(x: Tensor, heads: int) -> Tensor:
     """[S, Hkv, G*Q, D] -> [S*Q, H, D]."""
     n, kv_heads, rows, dim = x.shape
     group = heads // kv_heads
-    return x.view(n, kv_heads, group, rows // group, dim).permute(0, 3, 1, 2, 4).reshape(-1, heads, dim)
+    return x.view(n, kv_heads, group, rows // group, dim).permute(0, 3, 1, 2, 4).reshape(n * (rows // group), heads, dim)
 
 
 def forward(
@@ -153,7 +153,8 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout: TreeLayout, scale: float, window: int | None, softcap: float | None):
         ctx.layout, ctx.scale, ctx.window, ctx.softcap = layout, scale, window, softcap
-        out, stored = forward(q, k, v, layout, scale, window, softcap)
+        with no_autocast(q.device):
+            out, stored = forward(q, k, v, layout, scale, window, softcap)
         ctx.save_for_backward(q, k, v, out, *stored)
         return out
 
@@ -161,7 +162,8 @@ class TreeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         q, k, v, out, *stored = ctx.saved_tensors
-        grads = backward(d_out, q, k, v, out, stored, ctx.layout, ctx.scale, ctx.window, ctx.softcap)
+        with no_autocast(q.device):
+            grads = backward(d_out, q, k, v, out, stored, ctx.layout, ctx.scale, ctx.window, ctx.softcap)
         return *grads, None, None, None, None
 
 
@@ -180,7 +182,8 @@ def tree_attention_op(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    return forward(q, k, v, layout_of(cu_q, cu_k, kv_index, root, past), scale, window, softcap)[0]
+    with no_autocast(q.device):
+        return forward(q, k, v, layout_of(cu_q, cu_k, kv_index, root, past), scale, window, softcap)[0]
 
 
 @tree_attention_op.register_fake
@@ -205,7 +208,8 @@ def _tree_attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = layout_of(cu_q, cu_k, kv_index, root, past)
-    return backward(d_out, q, k, v, out, None, layout, scale, window, softcap)
+    with no_autocast(q.device):
+        return backward(d_out, q, k, v, out, None, layout, scale, window, softcap)
 
 
 @_tree_attention_backward.register_fake
@@ -260,20 +264,19 @@ class _Piece:
         if self.bucket is None:
             x[: rows_SHKD.shape[2]] += rows_SHKD[0].transpose(0, 1)
         else:  # padded keys carry probability 0, so what they add to row 0 is 0
-            add_rows_(x, self.bucket.k_rows_SK.flatten(), rows_SHKD.transpose(1, 2).reshape(-1, *x.shape[1:]))
+            add_rows_(x, self.bucket.k_rows_SK.flatten(), rows_SHKD.transpose(1, 2).flatten(0, 1))
 
 
 def _pieces(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int | None):
     kv_heads, group, root, past = k.shape[1], q.shape[1] // k.shape[1], layout.root, layout.past
     work = accumulate_dtype(q.dtype)
-    no_k, no_v = (torch.zeros(kv_heads, 0, x.shape[2], dtype=work, device=q.device) for x in (k, v))
     k_root, v_root = (x[:root].to(work).transpose(0, 1) for x in (k, v))
     if root > past:  # the root rows themselves, attending to each other
         k_pos = torch.arange(root, device=q.device)
         hide = hidden(k_pos[past:], k_pos, window)[None, None].repeat(1, 1, group, 1)
         rows = slice(0, root - past)
         q_root = _group_heads(q[None, rows].to(work), kv_heads)
-        yield _Piece(None, rows, q_root, no_k, no_v, k_root[None], v_root[None], None, hide)
+        yield _Piece(None, rows, q_root, k_root[:, :0], v_root[:, :0], k_root[None], v_root[None], None, hide)
     for bucket in layout.buckets:
         q_piece = _group_heads(q[bucket.q_rows_SQ].to(work), kv_heads)
         k_own, v_own = (x[bucket.k_rows_SK].to(work).transpose(1, 2) for x in (k, v))
@@ -300,25 +303,88 @@ def decode_attention(
     """One new token per sequence attends to a prefix that all sequences share and to its own cached tokens.
 
     Args:
-        q: [B, H, D].
-        k_root, v_root: [C, Hkv, D], the shared prefix, C may be 0.
-        k_own, v_own: [B, Hkv, K, D], the cache; places from ``lengths`` on are ignored.
-        lengths: [B] int64, filled places of each sequence's own cache, the new token included (at least 1).
+        q: [B, H, D], any float dtype, H and D at least 1; scores and sums are fp32 (fp64 for fp64), under autocast too.
+        k_root, v_root: [C, Hkv, D] and [C, Hkv, Dv] in q's dtype, the shared prefix, H a multiple of Hkv; C may be 0.
+        k_own, v_own: [B, Hkv, K, D] and [B, Hkv, K, Dv] in q's dtype, the cache, K at least 1; places from ``lengths`` on are
+            ignored.
+        lengths: [B] int64 or int32, filled places of each sequence's own cache, the new token included: from 1 to K.
         scale, window, softcap: as in ``attention``.
 
     Returns:
         [B, H, Dv] in q's dtype. Not differentiable in place of ``attention``: meant for sampling.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that do not fit each other; on the CPU, where nothing is compiled, also
+            lengths that are not from 1 to K.
     """
-    root, work = k_root.shape[0], accumulate_dtype(q.dtype)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    q_pos = root + lengths[:, None] - 1
-    hide_own = hidden(q_pos, root + torch.arange(k_own.shape[2], device=q.device)[None], window)[:, None]
+    _check_decode(q, k_root, v_root, k_own, v_own, lengths)
+    check_options(scale, window, softcap)
+    root, work, (batch, heads, dim), kv_heads = k_root.shape[0], accumulate_dtype(q.dtype), q.shape, k_own.shape[1]
+    scale = dim**-0.5 if scale is None else scale
+    q_pos = lengths[:, None] - 1  # in the own cache, as the keys' below
+    hide_own = hidden(q_pos, torch.arange(k_own.shape[2], device=q.device)[None], window)[:, None]
     hide_root = None
     if window is not None and root:
-        hide_root = hidden(q_pos, torch.arange(root, device=q.device)[None], window)[:, None]
-    grouped = _group_heads(q[:, None].to(work), k_own.shape[1])
-    k_root, v_root = (x.to(work).transpose(0, 1) for x in (k_root, v_root))
-    out, _ = root_and_own_attention(
-        grouped, k_root, v_root, k_own.to(work), v_own.to(work), hide_root, hide_own, scale, softcap
-    )
-    return _ungroup_heads(out, q.shape[1]).to(q.dtype)
+        hide_root = hidden(q_pos + root, torch.arange(root, device=q.device)[None], window)[:, None]
+    with no_autocast(q.device):
+        grouped = q.to(work).view(batch, kv_heads, heads // kv_heads, dim)
+        k_root, v_root = (x.to(work).transpose(0, 1) for x in (k_root, v_root))
+        out, _ = root_and_own_attention(
+            grouped, k_root, v_root, k_own.to(work), v_own.to(work), hide_root, hide_own, scale, softcap
+        )
+    return out.flatten(1, 2).to(q.dtype)
+
+
+def _check_decode(q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_own: Tensor, lengths: Tensor) -> None:
+    """Called once a layer and token: what fits passes few lines."""
+    check_float("q", q)
+    dtype, device = q.dtype, q.device
+    for name, x in (("k_root", k_root), ("v_root", v_root), ("k_own", k_own), ("v_own", v_own)):
+        check_float(name, x)
+        if x.dtype != dtype:
+            raise ValueError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
+        if x.device != device:
+            check_device(name, x, "q", q)
+    check_index("lengths", lengths)
+    check_device("lengths", lengths, "q", q)
+    if q.ndim != 3 or v_root.ndim != 3 or v_own.ndim != 4:
+        raise ValueError(
+            "decode_attention: q must be [B, H, D], v_root [C, Hkv, Dv] and v_own [B, Hkv, K, Dv], got "
+            f"{tuple(q.shape)}, {tuple(v_root.shape)} and {tuple(v_own.shape)}"
+        )
+    batch, heads, dim = q.shape
+    rows, (_, kv_heads, longest, v_dim) = v_root.shape[0], v_own.shape
+    for name, x, shape, why in (
+        ("v_own", v_own, (batch, kv_heads, longest, v_dim), "[B, Hkv, K, Dv] with q's B"),
+        ("k_own", k_own, (batch, kv_heads, longest, dim), "[B, Hkv, K, D], of q and v_own"),
+        ("v_root", v_root, (rows, kv_heads, v_dim), "[C, Hkv, Dv] with those of v_own"),
+        ("k_root", k_root, (rows, kv_heads, dim), "[C, Hkv, D], of q and v_root"),
+        ("lengths", lengths, (batch,), "one a sequence"),
+    ):
+        if x.shape != shape:
+            check_shape(name, x, shape, why)
+    check_heads("decode_attention", heads, kv_heads, dim)
+    if longest == 0:
+        raise ValueError("v_own must have at least one place (the new token's), got none")
+    if batch and device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in lengths.aminmax())
+        if low < 1 or high > longest:
+            raise ValueError(f"lengths must be from 1 to {longest} (places of the cache), got values from {low} to {high}")
+
+
+def check_heads(name: str, heads: int, kv_heads: int, dim: int) -> None:
+    """Raise unless there is something to attend with."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{name}: {heads} query heads are no multiple of {kv_heads} key heads")
+    if heads == 0 or dim == 0:
+        raise ValueError(f"{name}: q needs at least one head of a size of at least 1, got {heads} of size {dim}")
+
+
+def check_options(scale: float | None, window: int | None, softcap: float | None) -> None:
+    """Raise unless the numbers are ones that scores can be made with."""
+    if window is not None:
+        check_integer("window", window, at_least=1)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+    if scale is not None:
+        check_number("scale", scale)

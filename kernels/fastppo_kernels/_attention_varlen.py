@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ._attention_layout import no_autocast
 from ._gather import Occurrences, occurrences, sum_rows
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -341,7 +342,8 @@ def varlen_attention(
     if q.shape[0] == 0:
         return q.new_empty(0, q.shape[1], v.shape[2]), q.new_empty(chosen.lse_shape(q, cu_q, max_q), dtype=torch.float32)
     ask = Numbers(max_q, max_k, scale, window, softcap)
-    out, lse = chosen.forward(*_gathered(q, k, v, kv_index), cu_q.to(torch.int32), cu_k.to(torch.int32), ask)
+    with no_autocast(q.device):
+        out, lse = chosen.forward(*_gathered(q, k, v, kv_index), cu_q.to(torch.int32), cu_k.to(torch.int32), ask)
     return out[..., : v.shape[2]].contiguous(), lse
 
 
@@ -376,7 +378,8 @@ def _varlen_attention_backward(
     rows = _gathered(q, k, v, kv_index)
     d_out, out = (_filled(x, _width(q, v)).contiguous() for x in (d_out, out))
     tree, ask = (cu_q.to(torch.int32), cu_k.to(torch.int32)), Numbers(max_q, max_k, scale, window, softcap)
-    dq, dk, dv = LIBRARIES[library].backward(d_out, *rows, out, lse, *tree, ask)
+    with no_autocast(q.device):
+        dq, dk, dv = LIBRARIES[library].backward(d_out, *rows, out, lse, *tree, ask)
     if order_N is None or start_R1 is None:
         where = occurrences(kv_index, k.shape[0])
     else:

@@ -12,8 +12,10 @@ Back ends, of which each gathers keys and values again in backward rather than k
     sdpa        `scaled_dot_product_attention` with a mask; any device
     torch       plain torch, any device and dtype: the definition
 
-The choice is made per call (``backend=``), else by the environment variable ``FASTPPO_ATTENTION``, else it is the first of
-this list that can do what is asked on CUDA, and torch elsewhere.
+The choice is made per call (``backend=``), else by the environment variable ``FASTPPO_ATTENTION`` (empty: as if not set), else
+it is the first of this list that can do what is asked on CUDA, and torch elsewhere.
+
+Autocast changes nothing: each computes as it does without.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._attention_layout import TreeLayout
-from ._attention_torch import TreeAttention, decode_attention, tree_attention_op
+from ._attention_layout import TreeLayout, check_tree, check_values
+from ._attention_torch import TreeAttention, check_heads, check_options, decode_attention, tree_attention_op
 from ._attention_varlen import LIBRARIES, varlen_attention
-from ._checks import check_device, check_float, check_index, check_integer, check_number, check_range
+from ._checks import check_device, check_float
 from ._gather import Occurrences
 
 __all__ = ["AttentionBackend", "TreeLayout", "attention", "attention_backends", "decode_attention", "tree_attention"]
@@ -59,7 +61,7 @@ def attention(
     prepared of the tree is then prepared once.
 
     Args:
-        q: [T, H, D], any float dtype; scores and sums are fp32 (fp64 for fp64).
+        q: [T, H, D], any float dtype, H and D at least 1; scores and sums are fp32 (fp64 for fp64), under autocast too.
         k, v: [past + T, Hkv, D] and [past + T, Hkv, Dv] in q's dtype, H a multiple of Hkv (grouped query heads).
         cu_q: [S + 1] int32 or int64, cumulative numbers of query rows of the segments, from 0 to T.
         cu_k: [S + 1], cumulative lengths of the segments' root paths, from 0 to N; a path has at least its own queries.
@@ -77,19 +79,23 @@ def attention(
         [T, H, Dv] in q's dtype; differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes, dtypes, devices or numbers that do not fit each other; on the CPU also values of the index
-            tensors; a back end that cannot do what is asked.
+        ValueError: shapes, dtypes, devices or numbers that do not fit each other; on the CPU, where nothing is compiled, also
+            values of the index tensors that are not as above, but for what stands on a path between root and own rows; a back
+            end that cannot do what is asked.
     """
-    _check_tree(cu_q, cu_k, kv_index, root, past)
-    name = _check(q, k, v, cu_q, root, past, scale, window, softcap, backend)
+    check_tree(cu_q, cu_k, kv_index, root, past, max_q, max_k)
+    name = _check(q, k, v, cu_q, past, scale, window, softcap, backend)
+    layout = None
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(cu_q, cu_k, kv_index, root, past, q.shape[0], k.shape[0])
+        layout = TreeLayout(cu_q, cu_k, kv_index, root, past, max_q, max_k)
+        check_values(layout, q.shape[0])
     # Without a TreeLayout where nothing has to be looked up on the host.
     if name in LIBRARIES and max_q is not None and max_k is not None:
         return _varlen(q, k, v, cu_q, cu_k, kv_index, None, (max_q, max_k), scale, window, softcap, name)
     if name == "torch" and torch.compiler.is_compiling():
         return _torch_op(q, k, v, cu_q, cu_k, kv_index, root, past, scale, window, softcap)
-    layout = TreeLayout(cu_q, cu_k, kv_index, root, past, max_q, max_k)
+    if layout is None:
+        layout = TreeLayout(cu_q, cu_k, kv_index, root, past, max_q, max_k)
     return _run(q, k, v, layout, scale, window, softcap, name)
 
 
@@ -114,12 +120,16 @@ def tree_attention(
         [T, H, Dv] in q's dtype; differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes that do not fit each other or (looked at on the CPU alone) the layout; a back end that cannot do what
-            is asked.
+        ValueError: shapes, dtypes, devices or numbers that do not fit each other or the layout; on the CPU also a layout whose
+            tensors hold no such tree, as in ``attention`` (looked at once a layout); a back end that cannot do what is asked.
     """
-    name = _check(q, k, v, layout.cu_q, layout.root, layout.past, scale, window, softcap, backend)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling() and q.shape[0] != layout.n_queries:
-        raise ValueError(f"attention: {q.shape[0]} queries for a layout of {layout.n_queries} rows")
+    if not isinstance(layout, TreeLayout):
+        raise ValueError(f"layout must be a TreeLayout, got {type(layout).__name__}")
+    name = _check(q, k, v, layout.cu_q, layout.past, scale, window, softcap, backend)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if q.shape[0] != layout.n_queries:
+            raise ValueError(f"attention: {q.shape[0]} queries for a layout of {layout.n_queries} rows")
+        layout.keep("checked", lambda: check_values(layout, layout.n_queries))
     return _run(q, k, v, layout, scale, window, softcap, name)
 
 
@@ -219,7 +229,7 @@ def _refusal(name: str, q: Tensor, v: Tensor, window: int | None, softcap: float
 
 
 def _choose(q: Tensor, v: Tensor, window: int | None, softcap: float | None, backend: AttentionBackend | None) -> str:
-    where, wanted = ("backend", backend) if backend is not None else (VARIABLE, os.environ.get(VARIABLE, "auto"))
+    where, wanted = ("backend", backend) if backend is not None else (VARIABLE, os.environ.get(VARIABLE) or "auto")
     names = get_args(AttentionBackend)
     if wanted not in names:
         raise ValueError(f"{where} must be one of {', '.join(names)}, got {wanted!r}")
@@ -240,7 +250,6 @@ def _check(
     k: Tensor,
     v: Tensor,
     cu_q: Tensor,
-    root: int,
     past: int,
     scale: float | None,
     window: int | None,
@@ -254,52 +263,15 @@ def _check(
         raise ValueError(f"attention: q, k, v must be [tokens, heads, dim], got {_shapes(q, k, v)}")
     if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
         raise ValueError(f"attention: k and v need equal tokens and heads, q and k equal dim, got {_shapes(q, k, v)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    check_heads("attention", q.shape[1], k.shape[1], q.shape[2])
     if k.shape[0] != q.shape[0] + past:
         raise ValueError(f"attention: {k.shape[0]} keys for {q.shape[0]} queries and a past of {past} rows")
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"attention: q, k and v need one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     for name, x in (("k", k), ("v", v), ("cu_q", cu_q)):
         check_device(name, x, "q", q)
-    if window is not None:
-        check_integer("window", window, at_least=1)
-    if softcap is not None:
-        check_number("softcap", softcap, above=0)
-    if scale is not None:
-        check_number("scale", scale)
+    check_options(scale, window, softcap)
     return _choose(q, v, window, softcap, backend)
-
-
-def _check_tree(cu_q: Tensor, cu_k: Tensor, kv_index: Tensor, root: int, past: int) -> None:
-    for name, x in (("cu_q", cu_q), ("cu_k", cu_k)):
-        check_index(name, x)
-        if x.ndim != 1 or x.shape[0] == 0 or x.shape != cu_q.shape:
-            raise ValueError(f"{name} must have shape [S + 1], the same for cu_q and cu_k, got {list(x.shape)}")
-        check_device(name, x, "kv_index", kv_index)
-    check_index("kv_index", kv_index, (torch.int64,))
-    if kv_index.ndim != 1:
-        raise ValueError(f"kv_index must have shape [N], got {list(kv_index.shape)}")
-    check_integer("past", past, at_least=0)
-    check_integer("root", root, at_least=0)
-
-
-def _check_values(
-    cu_q: Tensor, cu_k: Tensor, kv_index: Tensor, root: int, past: int, queries: int, rows: int
-) -> None:  # fmt: skip
-    for name, x, end in (("cu_q", cu_q, queries), ("cu_k", cu_k, kv_index.shape[0])):
-        steps = x.diff()
-        if int(x[0]) != 0 or int(x[-1]) != end or bool((steps < 0).any()):
-            raise ValueError(f"{name} must go up from 0 to {end}, got {x.tolist() if x.shape[0] < 9 else 'other values'}")
-    if bool((cu_k.diff() < cu_q.diff()).any()):
-        raise ValueError("cu_k: a segment has a root path shorter than its queries")
-    check_range("kv_index", kv_index, rows, "rows of k")
-    if root and cu_k.shape[0] > 1:
-        shortest, first = int(cu_k.diff().min()), torch.arange(root)
-        if root > shortest or bool((kv_index[cu_k[:-1, None] + first] != first).any()):
-            raise ValueError(f"root: not every root path begins with the rows 0 to {root - 1}")
-        if root - past > int(cu_q[1]):
-            raise ValueError(f"root: its rows belong to the first segment, which has {int(cu_q[1])} queries")
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers import assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fastppo_kernels import gae, whiten
 
@@ -104,6 +106,34 @@ def test_non_contiguous_half_precision_and_no_gradient():
     expected = gae(rewards.detach().contiguous(), values.float().contiguous())
     assert torch.equal(advantages, expected[0]) and torch.equal(returns, expected[1])
     assert not advantages.requires_grad and not returns.requires_grad
+
+
+def test_many_sequences_of_one_step_of_none_and_all_masked():
+    sequences = 70_000
+    rewards, values = torch.randn(2, sequences)
+    advantages, returns, sums = gae(rewards, values, torch.arange(sequences + 1), with_sums=True)
+    torch.testing.assert_close(advantages, rewards - values)
+    torch.testing.assert_close(returns, rewards)
+    assert torch.equal(sums[:, 0], torch.ones(sequences, dtype=torch.float64))
+    empty = gae(torch.zeros(3, 0), torch.zeros(3, 0), with_sums=True)
+    assert empty[0].shape == (3, 0) and torch.equal(empty[2], torch.zeros(3, 3, dtype=torch.float64))
+    broken = torch.full((2, 5), torch.nan)
+    masked = gae(broken, broken, mask=torch.zeros(2, 5, dtype=torch.bool), with_sums=True)
+    assert all((x == 0).all() for x in masked)
+
+
+def test_compiles_without_a_break_and_once_for_all_lengths():
+    def packed(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+        advantages, returns, sums = gae(rewards, values, cu_seqlens, mask=rewards > 0, with_sums=True)
+        return returns, whiten(advantages, rewards > 0, sums=sums), whiten(returns, shift_mean=False)
+
+    lengths = ([3, 2], [4, 0, 7], [20, 1, 1, 20], [300] * 5)
+    assert_compiles_once(packed, ((*torch.randn(2, sum(each)), torch.tensor([0, *each]).cumsum(0)) for each in lengths))
+
+    def padded(rewards: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        return gae(rewards, values, lam=rewards[:, 0].sigmoid())
+
+    assert_compiles_once(padded, (torch.randn(2, rows, rows * 9).unbind() for rows in (2, 3, 40)))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from helpers import assert_compiles_once
 from torch import Tensor
 
-from fastppo_kernels import sample, token_logprob
+from fastppo_kernels import linear_logprob, sample, token_logprob
 from fastppo_kernels._philox import philox_4x32_10
+from fastppo_kernels.sample import linear_sample
 
 INF = float("inf")
 
@@ -186,6 +188,79 @@ def test_the_logits_are_left_as_they_were_and_get_no_gradient():
     before = logits.detach().clone()
     _, logprob = draw(logits, temperature=0.5, top_k=3, top_p=0.8)
     assert torch.equal(logits.detach(), before) and not logprob.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float64, None)],
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_head_and_the_draw_give_the_log_probability_of_linear_logprob_to_the_bit(dtype, logits_dtype, temperature, plain):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 16).to(dtype), torch.randn(301, 16).to(dtype)
+    head = {"chunk_rows": 3, "logits_dtype": logits_dtype}
+    if not plain:
+        head |= {"bias": torch.randn(301).to(dtype), "softcap": 5.0, "logit_scale": 0.7, "lora_scale": 2.0}
+        head |= {"lora_A": torch.randn(2, 16).to(dtype), "lora_B": torch.randn(301, 2).to(dtype)}
+    state = {"seed": 4, "sequence_ids_B": torch.arange(7), "step_B": torch.arange(7)}
+    tokens, logprob = linear_sample(hidden, weight, **head, **state, temperature=temperature, top_k=50)
+    expected = linear_logprob(hidden, weight, tokens, **head, temperature=temperature or 1.0, argmax=True)
+    assert torch.equal(logprob, expected[0]) and logprob.dtype == expected[0].dtype
+    if temperature == 0:
+        assert torch.equal(tokens, expected[2])
+    if plain and logits_dtype is None:
+        from_logits = torch.cat([part @ weight.t() for part in hidden.split(3)])
+        assert torch.equal(tokens, sample(from_logits, **state, temperature=temperature, top_k=50)[0])
+
+
+def test_the_head_of_no_rows_of_broken_rows_and_of_inputs_that_require_grad():
+    weight = torch.randn(9, 4, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    tokens, logprob = linear_sample(torch.zeros(0, 4), weight, seed=1, sequence_ids_B=none, step_B=none)
+    assert tokens.shape == logprob.shape == (0,)
+    hidden, ids = torch.randn(4, 3).t().requires_grad_(), torch.arange(3)
+    with torch.no_grad():
+        hidden[1] = torch.nan
+    tokens, logprob = linear_sample(hidden, weight, seed=1, sequence_ids_B=ids, step_B=ids.int())
+    assert logprob.isnan().tolist() == [False, True, False] and tokens[1] == 0 and not logprob.requires_grad
+
+
+def test_more_rows_than_a_launch_grid_has_in_its_other_dimensions():
+    tokens, logprob = draw(torch.zeros(70_000, 3))
+    assert tokens.bincount().min() > 22_000 and (logprob - math.log(1 / 3)).abs().max() < 1e-6
+
+
+def test_compiles_without_a_break_and_once_for_all_batch_sizes():
+    def function(logits: Tensor, ids: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        state = {"seed": 2**63 + 3, "sequence_ids_B": ids, "step_B": ids, "top_p": 0.9, "top_k": 10**6}
+        return *sample(logits, **state), *linear_sample(hidden, weight, **state)
+
+    weight = torch.randn(20, 4)
+    calls = ((torch.randn(rows, 20), torch.arange(rows), torch.randn(rows, 4), weight) for rows in (2, 5, 900))
+    assert_compiles_once(function, calls)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_BH": torch.zeros(2, 3)}, r"weight must have shape \[V, 3\]"),
+        ({"hidden_BH": [0.0]}, "hidden must be a tensor, got list"),
+        ({"hidden_BH": torch.zeros(())}, r"hidden must have shape \[R, H\], got \[\]"),
+        ({"bias": torch.zeros(2)}, r"bias must have shape \[5\]"),
+        ({"lora_A": torch.zeros(1, 4)}, "lora_B must be given with lora_A"),
+        ({"temperature": -1.0}, "temperature must be a finite number >= 0, got -1.0"),
+        ({"softcap": 0.0}, "softcap must be a finite number > 0"),
+        ({"chunk_rows": 0}, "chunk_rows must be an integer >= 1, got 0"),
+        ({"step_B": torch.zeros(3, dtype=torch.int64)}, r"step_B must have shape \[2\] \(one for each row of hidden\)"),
+        ({"top_p": 0.0}, "top_p must be a finite number > 0 and <= 1, got 0.0"),
+    ],
+)
+def test_wrong_arguments_with_a_head(change, message):
+    zeros = torch.zeros(2, dtype=torch.int64)
+    arguments = {"hidden_BH": torch.zeros(2, 4), "weight_VH": torch.zeros(5, 4), "seed": 0}
+    with pytest.raises(ValueError, match=message):
+        linear_sample(**arguments | {"sequence_ids_B": zeros, "step_B": zeros} | change)
 
 
 @pytest.mark.parametrize(

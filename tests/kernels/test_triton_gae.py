@@ -4,18 +4,15 @@ import sys
 
 import pytest
 import torch
+from helpers import DEVICE, TRITON_MARKS, assert_compiles_once
+from helpers import poisoned as poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastppo_kernels import gae, whiten
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="there is no triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = TRITON_MARKS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,15 +22,6 @@ def small_blocks():
         if sys.platform == "linux":
             patch.setattr("fastppo_kernels._triton_gae.BLOCK", 16)
         yield
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN, so that a place that no kernel writes is seen."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_as_the_twin(ours: tuple[Tensor, ...], twin: tuple[Tensor, ...]) -> None:
@@ -160,19 +148,56 @@ def test_sums_of_gae_whiten_as_if_they_were_read_again(backend):
 
 
 def test_compiles_without_a_break_and_once_for_all_lengths():
-    counter = CompileCounterWithBackend("aot_eager")
+    def padded(rewards: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        advantages, returns, sums = gae(rewards, values, with_sums=True, backend="triton")
+        return whiten(advantages, sums=sums, backend="triton"), whiten(returns, backend="triton")
 
-    def both(rewards: Tensor, values: Tensor) -> Tensor:
-        advantages, _, sums = gae(rewards, values, with_sums=True, backend="triton")
-        return whiten(advantages, sums=sums, backend="triton") * 2
+    assert_compiles_once(padded, (torch.randn(2, 3, length, device=DEVICE).unbind() for length in (5, 18, 40)))
 
-    compiled = torch.compile(both, backend=counter, fullgraph=True, dynamic=True)
-    compilations = []
-    for length in (5, 18, 40):
-        rewards, values = torch.randn(2, 3, length, device=DEVICE)
-        assert torch.equal(both(rewards, values), compiled(rewards, values))
-        compilations.append(counter.frame_count)
-    assert compilations[0] == compilations[-1]
+    def packed(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+        return gae(rewards, values, cu_seqlens, mask=rewards > 0, backend="triton")
+
+    lengths = ([3, 2], [4, 0, 7], [20, 1, 1, 20])
+    assert_compiles_once(
+        packed,
+        ((*torch.randn(2, sum(each), device=DEVICE), torch.tensor([0, *each], device=DEVICE).cumsum(0)) for each in lengths),
+    )
+
+
+def test_steps_beyond_two_to_the_31():
+    """The kernel alone, in memory that is touched at its end only."""
+    from fastppo_kernels import _triton_gae
+
+    first, steps = 2**31 + 5, 20
+    rewards, values, advantages, returns = (
+        torch.empty(0, dtype=dtype, device=DEVICE).set_(torch.UntypedStorage(size * (first + steps), device=DEVICE))
+        for dtype, size in ((torch.bfloat16, 2), (torch.bfloat16, 2), (torch.float32, 4), (torch.float32, 4))
+    )
+    for tensor in (rewards, values):
+        tensor[first:] = torch.randn(steps)
+    sums = torch.empty(1, 3, dtype=torch.float64, device=DEVICE)
+    cu_seqlens = torch.tensor([first, first + steps], device=DEVICE)
+    _triton_gae.gae(rewards, values, cu_seqlens, None, None, 0.9, 0.9, advantages, returns, sums)
+    near = gae(rewards[first:], values[first:], cu_seqlens - first, gamma=0.9, lam=0.9, with_sums=True, backend="triton")
+    for far, expected in zip((advantages[first:], returns[first:], sums), near, strict=True):
+        assert torch.equal(far, expected)
+
+
+def test_sequences_are_on_the_axis_of_the_grid_that_has_room_for_them(monkeypatch):
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    for name in ("_gae_kernel", "_moments_kernel", "_whiten_kernel"):
+        monkeypatch.setattr(f"fastppo_kernels._triton_gae.{name}", Kernel())
+    rewards = torch.zeros(70_000, 3, device=DEVICE)
+    gae(rewards, rewards, backend="triton")
+    monkeypatch.setattr("fastppo_kernels._triton_gae.BLOCK", 2)
+    whiten(rewards, backend="triton")
+    assert grids == [(70_000,), (105_000,), (105_000,)]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +220,7 @@ def test_wrong_arguments(change, message):
 
 def test_wrong_sums():
     x = torch.zeros(3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"sums must have shape \[N, 3\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"sums must have shape \[N, 3\], N >= 1, got \[3\]"):
         whiten(x, sums=torch.zeros(3, dtype=torch.float64, device=DEVICE))
     with pytest.raises(ValueError, match="sums must be a float64 tensor, got torch.float32"):
         whiten(x, sums=torch.zeros(1, 3, device=DEVICE))

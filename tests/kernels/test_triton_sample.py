@@ -1,33 +1,21 @@
 """The Triton sampler against its torch twin, in the interpreter where there is no GPU."""
 
+import itertools
 import math
-import sys
 
 import pytest
 import torch
+from helpers import DEVICE, TRITON_MARKS, assert_compiles_once
+from helpers import poisoned as poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastppo_kernels import sample, token_logprob
+from fastppo_kernels import linear_logprob, sample, token_logprob
+from fastppo_kernels.sample import linear_sample
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")
-# numpy warns of the NaN and infinities that these tests are about.
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="there is no triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN and absurd tokens, so that a place that no kernel writes is seen."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = TRITON_MARKS
 
 
 def draw(logits: Tensor, backend: str = "triton", seed: int = 1, step: int = 0, **how) -> tuple[Tensor, Tensor]:
@@ -43,9 +31,9 @@ def assert_same_draws(logits: Tensor, **how) -> Tensor:
     return ours[0]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
-    vocab=st.sampled_from([1, 2, 3, 4, 5, 257, 1024, 1025]),
+    vocab=st.sampled_from([1, 2, 3, 5, 257, 1025]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     temperature=st.sampled_from([0.0, 0.6, 1.0, 1.7]),
     top_k=st.sampled_from([0, 1, 3, 50, 10_000]),
@@ -63,11 +51,11 @@ def test_tokens_are_those_of_the_twin(vocab, dtype, temperature, top_k, top_p, g
     assert_same_draws(logits.to(DEVICE, dtype), **how)
 
 
-@pytest.mark.parametrize(("rows", "how"), [(300, {}), (60, {"top_k": 7, "top_p": 0.8, "temperature": 0.8})])
+@pytest.mark.parametrize(("rows", "how"), [(100, {}), (20, {"top_k": 7, "top_p": 0.8, "temperature": 0.8})])
 def test_many_rows(rows, how):
     torch.manual_seed(0)
     tokens = assert_same_draws(torch.randn(rows, 40).to(DEVICE), **how)
-    assert len(tokens.unique()) > 20
+    assert len(tokens.unique()) > 10
 
 
 def test_a_real_vocabulary():
@@ -97,7 +85,10 @@ def test_a_real_vocabulary():
 )
 def test_top_k_and_top_p_keep_the_right_tokens(how, kept):
     p = torch.tensor([0.3, 0.04, 0.4, 0.13, 0.13], device=DEVICE)
-    assert set(assert_same_draws(p.log().expand(40, 5), **how).tolist()) == kept
+    logits = p.log().expand(8, 5)
+    # Few rows, of a seed with which the torch form draws all that may be drawn.
+    seed = next(seed for seed in itertools.count() if set(draw(logits, "torch", seed, **how)[0].tolist()) == kept)
+    assert_same_draws(logits, seed=seed, **how)
 
 
 def test_temperature_zero_is_greedy_with_the_lowest_index_of_equals():
@@ -150,21 +141,98 @@ def test_an_empty_batch():
     assert tokens.shape == (0,) and logprob.shape == (0,)
 
 
+@pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"temperature": 0.7}])
+def test_a_row_in_parts_gives_the_same_bits_as_one_program(how, monkeypatch):
+    for name, value in {"BLOCK": 32, "PART": 64, "_PARTS": 2}.items():
+        monkeypatch.setattr(f"fastppo_kernels._triton_sample.{name}", value)
+    torch.manual_seed(0)
+    logits = torch.randn(9, 300, device=DEVICE) * 2
+    logits[1, 70:] = -INF
+    logits[2] = -INF
+    logits[3, 200] = torch.nan
+    logits[4, 299] = INF
+    logits[5, [63, 64, 256]] = 20.0  # equals in several parts
+    logits[6, :256] = -INF
+    split = draw(logits, **how)
+    assert_same_draws(logits, **how)
+    monkeypatch.setattr("fastppo_kernels._triton_sample.FEW_ROWS", 0)
+    whole = draw(logits, **how)
+    assert torch.equal(split[0], whole[0])
+    assert torch.equal(split[1].nan_to_num(5.0), whole[1].nan_to_num(5.0))
+    assert split[1].isnan().nonzero().flatten().tolist() == [2, 3, 4]
+
+
+def test_rows_beyond_two_to_the_31():
+    """The memory between the rows is never touched."""
+    stride, vocab = 2**31 + 16, 40
+    storage = torch.UntypedStorage(2 * (stride + vocab), device=DEVICE)
+    far = torch.empty(0, dtype=torch.bfloat16, device=DEVICE).set_(storage, 0, (2, vocab), (stride, 1))
+    far.copy_(torch.randn(2, vocab))
+    for how in ({}, {"top_k": 3}):
+        ours, near = draw(far, **how), draw(far.clone(memory_format=torch.contiguous_format), **how)
+        assert torch.equal(ours[0], near[0]) and torch.equal(ours[1], near[1])
+
+
+def test_rows_are_on_the_axis_of_the_grid_that_has_room_for_them(monkeypatch):
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    for name in ("_sample_kernel", "_largest_kernel", "_draw_kernel", "_winner_kernel"):
+        monkeypatch.setattr(f"fastppo_kernels._triton_sample.{name}", Kernel())
+    draw(torch.zeros(70_000, 3, device=DEVICE))
+    draw(torch.zeros(2, 20_000, device=DEVICE))
+    assert grids == [(70_000,), (2, 3), (2, 3), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, None)],
+)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0.7},
+        {"softcap": 3.0, "logit_scale": 0.3, "bias": True, "lora": True},
+        {"top_k": 9, "top_p": 0.8, "softcap": 2.0, "bias": True},
+        {"temperature": 0},
+    ],
+)
+def test_the_head_and_the_draw(dtype, logits_dtype, how):
+    torch.manual_seed(0)
+    rows, width, vocab = 5, 8, 70
+    hidden, weight, bias = (torch.randn(*size, device=DEVICE).to(dtype) for size in ((rows, width), (vocab, width), (vocab,)))
+    head = {name: how[name] for name in ("softcap", "logit_scale") if name in how} | {"logits_dtype": logits_dtype}
+    if "bias" in how:
+        head["bias"] = bias
+    if "lora" in how:
+        head |= {"lora_A": torch.randn(2, width, device=DEVICE), "lora_B": torch.randn(vocab, 2, device=DEVICE)}
+    ids = torch.arange(rows, device=DEVICE)
+    drawn = {name: how[name] for name in ("temperature", "top_k", "top_p") if name in how}
+    state = {"seed": 4, "sequence_ids_B": ids, "step_B": ids, **drawn}
+    ours, twin = (
+        linear_sample(hidden, weight, **head, **state, chunk_rows=2, backend=backend) for backend in ("triton", "torch")
+    )
+    assert torch.equal(ours[0], twin[0]) and ours[1].dtype == torch.float32
+    temperature = how.get("temperature", 1.0) or 1.0
+    of_head = linear_logprob(hidden, weight, ours[0], **head, temperature=temperature, chunk_rows=2, backend="triton")[0]
+    torch.testing.assert_close(ours[1], of_head, rtol=3e-7, atol=1e-6)
+
+
 def test_compiles_without_a_break_and_once_for_all_batch_sizes():
-    counter = CompileCounterWithBackend("aot_eager")
+    def function(logits: Tensor, ids: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        state = {"seed": 3, "sequence_ids_B": ids, "step_B": ids, "backend": "triton"}
+        return *sample(logits, top_k=3, **state), *linear_sample(hidden, weight, **state)
 
-    def function(logits: Tensor, ids: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, logprob = sample(logits, seed=3, sequence_ids_B=ids, step_B=steps, top_k=3, backend="triton")
-        return tokens + 1, logprob * 2
-
-    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
-    compilations = []
-    for rows in (2, 5, 9):
-        logits, ids = torch.randn(rows, 20, device=DEVICE), torch.arange(rows, device=DEVICE)
-        for a, b in zip(function(logits, ids, ids), compiled(logits, ids, ids), strict=True):
-            assert torch.equal(a, b)
-        compilations.append(counter.frame_count)
-    assert compilations[0] == compilations[-1]
+    weight = torch.randn(20, 4, device=DEVICE)
+    calls = (
+        (torch.randn(rows, 20, device=DEVICE), torch.arange(rows, device=DEVICE), torch.randn(rows, 4, device=DEVICE), weight)
+        for rows in (2, 5, 9)
+    )
+    assert_compiles_once(function, calls)
 
 
 @pytest.mark.parametrize(
