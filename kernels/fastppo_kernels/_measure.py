@@ -28,6 +28,7 @@ Timer = Callable[[Candidate, torch.device], float]
 # Below this gain the default stays: two kernels that are as fast should not swap places from one machine to the next.
 _GAIN = 0.98
 _WARM_UPS, _REPEATS = 3, 9
+_HEAD_START = 2_000_000  # cycles of the GPU, about 1 ms: several times what the host needs for a candidate's launches
 
 
 def bucket(rows: int) -> int:
@@ -38,8 +39,8 @@ def bucket(rows: int) -> int:
 def time_on_gpu(candidate: Candidate, device: torch.device) -> float:
     """Median time of one call in microseconds, by CUDA events, with the L2 cache overwritten before each call.
 
-    Weights come from memory in a model, never from the cache that the call before has filled. The overwriting also keeps
-    the GPU busy while the host launches, so that it is the kernels that are timed.
+    Weights come from memory in a model, never from the cache that the call before has filled. The GPU is kept waiting while the
+    host launches, so that it is the kernels that are timed: in a CUDA graph nothing else counts.
     """
     with torch.cuda.device(device):
         flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
@@ -47,6 +48,7 @@ def time_on_gpu(candidate: Candidate, device: torch.device) -> float:
         for i in range(_WARM_UPS + _REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
+            torch.cuda._sleep(_HEAD_START)
             start.record()
             candidate()
             end.record()

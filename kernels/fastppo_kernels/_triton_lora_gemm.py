@@ -416,7 +416,7 @@ def lora_gemm(
         tiles_n += triton.cdiv(own * _UNIT.value, tile.block_n)
         shape_of_parts = (chosen.parts, columns + own * _UNIT.value, tiles_m * tile.block_m)
         partial = x_MK.new_empty(shape_of_parts, dtype=torch.float32)
-    bias = x_MK if bias_N is None else bias_N
+    bias = x_MK if bias_N is None else bias_N.contiguous()
     factor, strides = (nothing, (0, 0)) if factor_MR is None else (factor_MR, factor_MR.stride())
     switches = {"has_factor": int(factor_MR is not None), "has_bias": int(bias_N is not None)}
     with torch.cuda.device_of(x_MK):
@@ -456,13 +456,17 @@ def supported(x_MK: Tensor, weight: Tensor, absmax: Tensor | None, shape: tuple[
         return False
     if absmax is not None:
         return shape[1] % _GROUP.value == 0 and blocksize % _GROUP.value == 0 and weight.data_ptr() % 16 == 0
-    return aligned(weight) is weight
+    return is_aligned(weight)
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether the rows of the matrix (its width is a multiple of 8) have stride 1 and begin at multiples of 16 bytes."""
+    return matrix.stride(1) == 1 and matrix.stride(0) % _UNIT.value == 0 and matrix.data_ptr() % 16 == 0
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """The matrix (its width is a multiple of 8), or a copy, whose rows have stride 1 and begin at multiples of 16 bytes."""
-    whole = matrix.stride(1) == 1 and matrix.stride(0) % _UNIT.value == 0 and matrix.data_ptr() % 16 == 0
-    return matrix if whole else matrix.clone(memory_format=torch.contiguous_format)
+    """The matrix, or a copy that is aligned."""
+    return matrix if is_aligned(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -38,7 +38,7 @@ def _apply(x, rstd, weight, offset, NARROW: tl.constexpr):
     return normal * (weight + offset)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
     x, x_stride, weight, y, y_stride, rstds, rows, columns, eps, offset,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -71,7 +71,7 @@ def rms_norm_kernel(
     tl.store(rstds + row, rstd, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
     grad_y, grad_y_stride, x, x_stride, weight, rstds, grad_x, partial, rows, columns, offset,
     WIDE: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -148,9 +148,11 @@ def store_columns(
 # Sizes are given in units of 8 entries, 16 bytes: with borders of 8 a stride is often no multiple of 16 entries, which is all
 # that triton looks for, and 16-byte accesses (and with them cp.async) would be lost.
 @triton.jit(
-    do_not_specialize=["x_stride", "stacked_stride", "mask_stride", "out_stride", "rows", "columns", "left", "rank"],
+    do_not_specialize=[
+        "x_stride", "stacked_stride", "mask_stride", "has_mask", "out_stride", "rows", "columns", "left", "rank"
+    ],
     do_not_specialize_on_alignment=["rstds", "scale", "mask", "group"],
-)
+)  # fmt: skip
 def rms_norm_lora_kernel(
     x, x_stride, weight, stacked, stacked_stride, scale, mask, mask_stride, group, has_mask, out, out_stride, rstds,
     rows, columns, left, rank, eps, offset,

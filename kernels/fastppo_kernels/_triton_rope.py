@@ -39,7 +39,7 @@ def _rotate_heads(
             tl.store(out_rows + first + column, tl.load(rows + first + column, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "inverse"])
+@triton.jit(do_not_specialize=["tokens", "inverse", "heads", "key_heads"])
 def rope_kernel(
     q, q_batches, q_heads, q_tokens, k, k_batches, k_heads, k_tokens,
     q_out, q_out_batches, q_out_heads, q_out_tokens, k_out, k_out_batches, k_out_heads, k_out_tokens,

@@ -78,7 +78,8 @@ def swiglu_backward_kernel(
 # Sizes in units of 8 entries: see `rms_norm_lora_kernel`.
 @triton.jit(
     do_not_specialize=[
-        "gate_stride", "up_stride", "stacked_stride", "mask_stride", "out_stride", "rows", "columns", "left", "rank"
+        "gate_stride", "up_stride", "stacked_stride", "mask_stride", "has_mask", "out_stride", "rows", "columns",
+        "left", "rank",
     ],
     do_not_specialize_on_alignment=["scale", "mask", "group"],
 )  # fmt: skip
@@ -113,8 +114,8 @@ def swiglu_lora_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "grad_h_stride", "gate_stride", "up_stride", "lora_gate_stride", "lora_up_stride", "mask_stride", "out_stride", "rows",
-        "columns", "rank_gate", "rank_up",
+        "grad_h_stride", "gate_stride", "up_stride", "lora_gate_stride", "lora_up_stride", "mask_stride", "has_mask",
+        "out_stride", "rows", "columns", "rank_gate", "rank_up",
     ],
     do_not_specialize_on_alignment=["scale", "mask", "group"],
 )  # fmt: skip

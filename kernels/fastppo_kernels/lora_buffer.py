@@ -138,13 +138,13 @@ class LoRAWeightBuffer:
     def column_group(self, groups: int) -> Tensor:
         """[left + right] int32: the column of a mask [M, groups] that a column of S is multiplied by."""
         if groups not in self._groups:
-            group = torch.zeros(self.left + self.right, dtype=torch.int32)
+            group = torch.zeros(self.left + self.right, dtype=torch.int32, device=self.device)
             for columns in self._columns:
                 rank = columns.stop - columns.start
                 if rank % groups:
                     raise ValueError(f"groups must divide every rank, got {groups} and a rank of {rank}")
-                group[columns] = torch.arange(rank, dtype=torch.int32) // max(rank // groups, 1)
-            self._groups[groups] = group.to(self.device)
+                group[columns] = torch.arange(rank, dtype=torch.int32, device=self.device) // max(rank // groups, 1)
+            self._groups[groups] = group
         return self._groups[groups]
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastppo_kernels import lora_linear
 from fastppo_kernels.lora_gemm import NF4Weight, lora_gemm
 
 poisoned = helpers.poisoned
@@ -426,3 +427,20 @@ for name in ("bf16 in loop 16 16x64", "bf16 split 16x64", "fp16 given 256x128", 
 exact = report.compiled(named["lora_gemm_kernel fp32 given 64x64"], 90).asm
 assert "tf32" not in exact["ptx"] and "fma.rn" in exact["ptx"]
 """)
+
+
+@pytest.mark.parametrize("bias", [torch.arange(32.0)[::2], torch.tensor(3.0).expand(16)])
+def test_a_bias_of_any_stride(bias):
+    x, weight, lora_A, lora_B = torch.randn(3, 16), torch.randn(16, 16), torch.randn(4, 16), torch.randn(16, 4)
+    expected = x @ weight.t() + (x @ lora_A.t()) @ lora_B.t() + bias
+    for op in (lora_gemm, lora_linear):
+        got = op(x, weight, lora_A, lora_B, bias=bias, backend="triton")
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_asking_whether_a_weight_fits_copies_nothing(monkeypatch):
+    from fastppo_kernels import _triton_lora_gemm as kernels
+
+    monkeypatch.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("a copy"))
+    for weight in (torch.zeros(16, 16), torch.zeros(16, 16).t(), torch.zeros(16, 17)[:, 1:]):
+        assert kernels.supported(torch.zeros(2, 16), weight, None, (16, 16), 64) == (weight.stride() == (16, 1))
