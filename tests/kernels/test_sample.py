@@ -7,9 +7,8 @@ import torch
 from helpers import assert_compiles_once
 from torch import Tensor
 
-from fastppo_kernels import linear_logprob, sample, token_logprob
+from fastppo_kernels import linear_logprob, linear_sample, sample, token_logprob
 from fastppo_kernels._philox import philox_4x32_10
-from fastppo_kernels.sample import linear_sample
 
 INF = float("inf")
 
@@ -239,28 +238,6 @@ def test_compiles_without_a_break_and_once_for_all_batch_sizes():
     weight = torch.randn(20, 4)
     calls = ((torch.randn(rows, 20), torch.arange(rows), torch.randn(rows, 4), weight) for rows in (2, 5, 900))
     assert_compiles_once(function, calls)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_BH": torch.zeros(2, 3)}, r"weight must have shape \[V, 3\]"),
-        ({"hidden_BH": [0.0]}, "hidden must be a tensor, got list"),
-        ({"hidden_BH": torch.zeros(())}, r"hidden must have shape \[R, H\], got \[\]"),
-        ({"bias": torch.zeros(2)}, r"bias must have shape \[5\]"),
-        ({"lora_A": torch.zeros(1, 4)}, "lora_B must be given with lora_A"),
-        ({"temperature": -1.0}, "temperature must be a finite number >= 0, got -1.0"),
-        ({"softcap": 0.0}, "softcap must be a finite number > 0"),
-        ({"chunk_rows": 0}, "chunk_rows must be an integer >= 1, got 0"),
-        ({"step_B": torch.zeros(3, dtype=torch.int64)}, r"step_B must have shape \[2\] \(one for each row of hidden\)"),
-        ({"top_p": 0.0}, "top_p must be a finite number > 0 and <= 1, got 0.0"),
-    ],
-)
-def test_wrong_arguments_with_a_head(change, message):
-    zeros = torch.zeros(2, dtype=torch.int64)
-    arguments = {"hidden_BH": torch.zeros(2, 4), "weight_VH": torch.zeros(5, 4), "seed": 0}
-    with pytest.raises(ValueError, match=message):
-        linear_sample(**arguments | {"sequence_ids_B": zeros, "step_B": zeros} | change)
 
 
 @pytest.mark.parametrize(
