@@ -70,4 +70,4 @@ compile-report: oldest-triton
 # One thread per process: two workers share the cores, and threads inside each would only get in their way.
 test: lint oldest-triton
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+		$(VENV)/bin/python -m pytest -q -p no:benchmark -n 2 --dist loadfile $(ARGS)

@@ -7,9 +7,10 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import torch
 from fastppo import __version__, checkpoint, files
 from fastppo import config as config_module
 from fastppo.algorithms import optim, ppo
+from fastppo.algorithms.ppo import Estimates
 from fastppo.algorithms.sft import sft_step
 from fastppo.batch.encode import encode_answer
-from fastppo.batch.rollout import Rollout, pack_rollout
+from fastppo.batch.rollout import MiniBatch, Rollout, pack_rollout
 from fastppo.config import Config
 from fastppo.errors import Interrupted, UserError
 from fastppo.evaluate import LabelledPrompts, encode, evaluate, with_interval
@@ -65,6 +67,67 @@ class State:
     checkpoints: int = 0
     records: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one PPO iteration did: ``metrics`` are those of ``ppo.update``."""
+
+    rollout: Rollout
+    rewards: list[float]
+    minibatches: list[MiniBatch]
+    estimates: Estimates
+    metrics: dict[str, float]
+
+
+def ppo_iteration(
+    model: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    prompts: list[list[int]],
+    score: Callable[[Rollout], list[float]],
+    kl_coef: float,
+    config: Config,
+    *,
+    step: int,
+    check: Callable[[Estimates], None] = lambda _: None,
+    critic_only: bool = False,
+    timed: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Iteration:
+    """Sample, score, estimate, update: one iteration of PPO, number ``step``, on these prompts (token ids).
+
+    Args:
+        score: the reward of each sample of a rollout.
+        check: called before the update; it may raise to stop.
+        critic_only: only the critic learns.
+        timed: a context around each of `PPO_PHASES`, for a clock.
+    """
+    with timed("sample"):
+        rollout = generate(
+            model, prompts, config.ppo.samples, Sampling.of(config),
+            seed=config.seed, first_id=step * len(prompts) * config.ppo.samples,
+        )  # fmt: skip
+    with timed("score"):
+        rewards = score(rollout)
+    with timed("estimate"):
+        minibatches = pack_rollout(
+            rollout, minibatches=config.ppo.minibatches, budget=config.micro_batch_tokens,
+            padded=not model.backbone.packed, device=model.device, rng=_rng(config, PPO_UPDATE, step),
+        )  # fmt: skip
+        estimates = ppo.estimate(
+            model, minibatches, rollout, rewards, kl_coef, config, before_update=not critic_only
+        )
+    check(estimates)
+    with timed("update"):
+        factor = optim.lr_factor(step, config.ppo.iterations, config.ppo.warmup, config.ppo.schedule)
+        optim.set_lr(optimizer, config.ppo.lr * factor)
+        metrics = ppo.update(
+            model, optimizer, minibatches, kl_coef, config, _rng(config, PPO_UPDATE, step, 1), critic_only=critic_only
+        )
+    return Iteration(rollout, rewards, minibatches, estimates, metrics)
+
+
+def _rng(config: Config, stream: int, *place: int) -> np.random.Generator:
+    return np.random.default_rng([config.seed, stream, *place])
 
 
 def train(config: Config, run: Path, console: rich.console.Console) -> dict[str, Any]:
@@ -116,7 +179,7 @@ class Trainer:
         self.model = ActorCritic(load_base(config), config)
         stop.check()
         examples = self.dataset.train
-        order = self._rng(SPLIT).permutation(len(examples))[: config.train_examples].tolist()
+        order = _rng(self.config, SPLIT).permutation(len(examples))[: config.train_examples].tolist()
         valid = min(config.valid_examples, len(order) // 10)
         self.dev = encode(self.model, self.task, self.dataset.dev)
         self.valid = encode(self.model, self.task, [examples[i] for i in order[:valid]])
@@ -164,7 +227,7 @@ class Trainer:
         while self.state.step < total:
             step = self.state.step
             chosen = (
-                self._rng(SFT_ORDER, step // per_epoch).permutation(len(data))[step % per_epoch :: per_epoch].tolist()
+                _rng(self.config, SFT_ORDER, step // per_epoch).permutation(len(data))[step % per_epoch :: per_epoch].tolist()
             )
             with self._timed("sft"):
                 optim.set_lr(self.optimizer, config.lr * optim.lr_factor(step, total, config.warmup, "linear"))
@@ -191,38 +254,22 @@ class Trainer:
         while state.step < config.iterations:
             step, critic_only = state.step, state.step < self.config.value.warmup
             chosen = self._ppo_prompts(step)
-            with self._timed("sample"):
-                rollout = generate(
-                    model, [data.prompts[i] for i in chosen], config.samples, Sampling.of(self.config),
-                    seed=self.config.seed, first_id=step * config.prompts * config.samples,
-                )  # fmt: skip
-            with self._timed("score"):
-                predicted = [self.task.parse(s.text) for s in rollout.samples]
-                gold = [labels[chosen[s.prompt]] for s in rollout.samples]
-                rewards = [answer_reward(g, p, self.config.reward) for g, p in zip(gold, predicted, strict=True)]
-            with self._timed("estimate"):
-                minibatches = pack_rollout(
-                    rollout, minibatches=config.minibatches, budget=self.config.micro_batch_tokens,
-                    padded=not model.backbone.packed, device=model.device, rng=self._rng(PPO_UPDATE, step),
-                )  # fmt: skip
-                estimates = ppo.estimate(model, minibatches, rollout, rewards, state.kl_coef, self.config)
-            self._check_gap(estimates.sampler_gap)
-            with self._timed("update"):
-                optim.set_lr(
-                    self.optimizer, config.lr * optim.lr_factor(step, config.iterations, config.warmup, config.schedule)
-                )
-                metrics = ppo.update(
-                    model, self.optimizer, minibatches, state.kl_coef, self.config, self._rng(PPO_UPDATE, step, 1),
-                    critic_only=critic_only,
-                )  # fmt: skip
-            metrics |= {
+            predicted: list[Any] = []
+            gold = [labels[i] for i in chosen for _ in range(config.samples)]
+            done = ppo_iteration(
+                model, self.optimizer, [data.prompts[i] for i in chosen], partial(self._score, gold, predicted), state.kl_coef,
+                self.config, step=step, check=self._check_gap, critic_only=critic_only, timed=self._timed,
+            )  # fmt: skip
+            rewards, estimates = done.rewards, done.estimates
+            trees = [part.tree for mini in done.minibatches for part in mini.parts]
+            metrics = done.metrics | {
                 "reward": float(np.mean(rewards)),
                 "accuracy": float(np.mean([p == g for p, g in zip(predicted, gold, strict=True)])),
                 "malformed": float(np.mean([p is None for p in predicted])),
-                "length": float(np.mean([len(s.tokens) for s in rollout.samples])),
+                "length": float(np.mean([len(s.tokens) for s in done.rollout.samples])),
                 "sampler_gap": estimates.sampler_gap,
-                "tokens_tree": sum(p.tree.n_tokens for m in minibatches for p in m.parts),
-                "tokens_padded": sum(p.tree.padded_tokens for m in minibatches for p in m.parts),
+                "tokens_tree": sum(tree.n_tokens for tree in trees),
+                "tokens_padded": sum(tree.padded_tokens for tree in trees),
             }  # fmt: skip
             if estimates.kl is not None:
                 metrics |= {"kl": estimates.kl, "kl_coef": state.kl_coef}
@@ -232,8 +279,13 @@ class Trainer:
                 state.first_kl, state.first_log_ratio = estimates.kl, metrics.get("first_log_ratio")
             state.samples += len(rewards)
             metrics["samples_per_s"] = state.samples / sum(state.seconds[k] for k in PPO_PHASES)
-            self._record_samples(rollout, rewards, chosen)
+            self._record_samples(done.rollout, rewards, chosen)
             self._end_step(metrics, last=step + 1 == config.iterations)
+
+    def _score(self, gold: list[Any], predicted: list[Any], rollout: Rollout) -> list[float]:
+        """The rewards of a rollout; what its answers say is added to ``predicted``."""
+        predicted += [self.task.parse(sample.text) for sample in rollout.samples]
+        return [answer_reward(g, p, self.config.reward) for g, p in zip(gold, predicted, strict=True)]
 
     # -- what the stages share ----------------------------------------------------------------------------------------
 
@@ -327,7 +379,8 @@ class Trainer:
         """Each stage has its own moments; the learning rate is set step by step."""
         self.optimizer = optim.make_optimizer(self.model.trainable(), 0.0, self.config.ppo.adam_eps)
 
-    def _check_gap(self, gap: float) -> None:
+    def _check_gap(self, estimates: Estimates) -> None:
+        gap = estimates.sampler_gap
         limit = self.config.sample.gap_limit
         if limit is None:
             limit = 1e-3 if self.model.backbone.head.weight.dtype == torch.float32 else 0.3
@@ -342,7 +395,7 @@ class Trainer:
         """Indices of an iteration's prompts: consecutive slices of one shuffle after another."""
         n, size = len(self.train), self.config.ppo.prompts
         places = range(step * size, (step + 1) * size)
-        orders = {epoch: self._rng(PPO_ORDER, epoch).permutation(n) for epoch in {place // n for place in places}}
+        orders = {epoch: _rng(self.config, PPO_ORDER, epoch).permutation(n) for epoch in {place // n for place in places}}
         return [int(orders[place // n][place % n]) for place in places]
 
     def _labels_seen(self) -> int:
@@ -367,9 +420,6 @@ class Trainer:
                 [{"step": self.state.step + 1, **example.fields, "label": example.label, "answer": sample.text,
                   "finish": sample.finish, "reward": rewards[i]}]
             )  # fmt: skip
-
-    def _rng(self, stream: int, *place: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, stream, *place])
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

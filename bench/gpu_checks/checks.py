@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from .case import Case, Inputs, Results, converted, evaluate
 from .error import measure, share
+from .process import die_with_parent, stop
 
 SEED, OTHER_SEED = 1, 2
 
@@ -194,8 +194,9 @@ class Sanitizer:
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         root = Path(__file__).resolve().parents[2]
         self.process = subprocess.Popen(
-            command, stdout=self.output, stderr=subprocess.STDOUT, env=environment, cwd=root, start_new_session=True
-        )
+            command, stdout=self.output, stderr=subprocess.STDOUT, env=environment, cwd=root, start_new_session=True,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
 
     @staticmethod
     def program() -> str | None:
@@ -220,9 +221,7 @@ class Sanitizer:
         return read_sanitizer(text, self.process.returncode, self.tool, names, kernels)
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the tool and what runs under it
-            self.process.wait()
+        stop(self.process)  # the tool and what runs under it
 
 
 def our_kernels() -> set[str]:

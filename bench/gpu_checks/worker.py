@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ import torch
 
 from .case import Case
 from .checks import CHECKS, Outcome
+from .process import die_with_parent, stop
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = ("error", "determinism", "compile")
@@ -102,9 +102,7 @@ class Worker:
 
     def stop(self) -> int:
         """Its exit status."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.wait()
+        return stop(self.process)
 
 
 def in_processes(
@@ -163,6 +161,7 @@ def main(names: list[str], out: TextIO) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is not an answer
     main(sys.argv[1:], answers)

@@ -39,16 +39,27 @@ def estimate(
     rewards: list[float],
     kl_coef: float,
     config: Config,
+    *,
+    before_update: bool = False,
 ) -> Estimates:
     """Fill every micro-batch with old log-probs, old values, reference log-probs, advantages and returns.
 
-    rewards: one for each sample; it goes to the sample's last token. With ``kl_estimator="k1"`` every token's reward is
-    lowered by ``kl_coef * (log-prob - reference log-prob)``.
+    Args:
+        rewards: one for each sample; it goes to the sample's last token. With ``kl_estimator="k1"`` every token's reward is
+            lowered by ``kl_coef * (log-prob - reference log-prob)``.
+        before_update: ``update`` follows on the same weights, so the first mini-batch, where one forward holds it, keeps what
+            backward needs, and the first step has no forward to do.
     """
-    parts = [part for mini in minibatches for part in mini.parts]
+    *parts, last = [part for mini in reversed(minibatches) for part in mini.parts]
+    kept = last if before_update and len(minibatches[0].parts) == 1 else None
+    parts.append(last)
     kl_sum, gap, sums = 0.0 if needs_reference(config) else None, 0.0, []
     for part in parts:
-        scores = model.forward(part.tree, temperature=config.sample.temperature)
+        with torch.set_grad_enabled(part is kept):
+            states = model.states(part.tree)
+        if part is kept:
+            part.states = states
+        scores = model.scores(*states, part.tree, temperature=config.sample.temperature)
         sampled = scores.logprob.new_tensor([x for i in part.samples for x in rollout.samples[i].logprobs])
         worst = float((sampled - scores.logprob).abs().max())
         if not math.isfinite(worst):
@@ -88,15 +99,15 @@ def update(
     *,
     critic_only: bool,
 ) -> dict[str, float]:
-    """Epochs over the mini-batches, an optimizer step each.
+    """Epochs over the mini-batches, an optimizer step each; the first epoch takes them as they stand (they are random already).
 
     Returns:
         Means over all actions seen (see ``reduce_metrics``), ``grad_norm`` (mean, before clipping), ``steps`` taken, and
         ``first_log_ratio``: the largest |log-prob - old log-prob| at the first step, before anything was changed.
     """
     seen, norms, first_log_ratio = [], [], None
-    for _ in range(config.ppo.epochs):
-        for m in rng.permutation(len(minibatches)).tolist():
+    for epoch in range(config.ppo.epochs):
+        for m in rng.permutation(len(minibatches)).tolist() if epoch else range(len(minibatches)):
             metrics = []
             optimizer.zero_grad(set_to_none=True)
             for part in minibatches[m].parts:
@@ -130,7 +141,8 @@ def _loss(
         )
         return value_loss, metrics
     tree, head = part.tree, model.backbone.head
-    policy_RH, critic_RH = model.states(tree)
+    policy_RH, critic_RH = part.states or model.states(tree)
+    part.states = None
     in_loss = config.ppo.kl_estimator != "k1" and needs_reference(config)
     policy_loss, metrics, logprob, _ = linear_ppo_loss(
         policy_RH, head.weight, tree.action_targets, known["old_logprob"], known["advantages"],

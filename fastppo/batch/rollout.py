@@ -39,11 +39,13 @@ class MicroBatch:
     """One packed forward's worth of samples, and what is known of its actions (tensors [A], fp32).
 
     samples: indices into the rollout, in the tree's order of sequences.
+    states: hidden states with their graph, the policy's and the critic's, where the next step's forward is done already.
     """
 
     tree: TokenTree
     samples: list[int]
     known: dict[str, Tensor] = field(default_factory=dict)
+    states: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass

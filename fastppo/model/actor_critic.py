@@ -89,10 +89,10 @@ class ActorCritic:
         One pass over the trunk (two with an own value adapter).
         """
         with self._adapter(POLICY):
-            policy_RH = self.backbone.hidden(tree)[tree.head_rows]
+            policy_RH = self.backbone.hidden(tree, tree.head_rows)
         if self.config.value.adapter:
             with self._adapter(CRITIC):
-                return policy_RH, self.backbone.hidden(tree)[tree.head_rows]
+                return policy_RH, self.backbone.hidden(tree, tree.head_rows)
         return policy_RH, policy_RH.detach() if self.config.value.detach else policy_RH
 
     def action_values(self, critic_RH: Tensor, tree: TokenTree) -> Tensor:
@@ -101,7 +101,10 @@ class ActorCritic:
 
     def forward(self, tree: TokenTree, *, temperature: float) -> Scores:
         """Log-probs and entropies of the policy, and values."""
-        policy_RH, critic_RH = self.states(tree)
+        return self.scores(*self.states(tree), tree, temperature=temperature)
+
+    def scores(self, policy_RH: Tensor, critic_RH: Tensor, tree: TokenTree, *, temperature: float) -> Scores:
+        """The same from hidden states that ``states`` gave."""
         logprob, entropy = self.backbone.head.logprob(policy_RH, tree.action_targets, tree.action_rows, temperature)
         return Scores(logprob, entropy, self.action_values(critic_RH, tree))
 
@@ -109,20 +112,20 @@ class ActorCritic:
         """Values alone, [A]: what a step that trains only the critic needs. No gradient reaches the policy's adapter."""
         own = self.config.value.adapter
         with self._adapter(CRITIC if own else POLICY), torch.set_grad_enabled(own and torch.is_grad_enabled()):
-            critic_RH = self.backbone.hidden(tree)[tree.head_rows]
+            critic_RH = self.backbone.hidden(tree, tree.head_rows)
         return self.action_values(critic_RH, tree)
 
     def policy_logprob(self, tree: TokenTree, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of the actions under the policy, [A]: what SFT needs."""
         with self._adapter(POLICY):
-            hidden_RH = self.backbone.hidden(tree)[tree.head_rows]
+            hidden_RH = self.backbone.hidden(tree, tree.head_rows)
         return self.backbone.head.logprob(hidden_RH, tree.action_targets, tree.action_rows, temperature)
 
     @torch.no_grad()
     def reference_logprob(self, tree: TokenTree, *, temperature: float) -> Tensor:
         """Log-prob of the actions under the reference, [A]."""
         with self._adapter(REFERENCE if self.config.ppo.reference == "start" else None):
-            hidden_RH = self.backbone.hidden(tree)[tree.head_rows]
+            hidden_RH = self.backbone.hidden(tree, tree.head_rows)
         return self.backbone.head.logprob(hidden_RH, tree.action_targets, tree.action_rows, temperature)[0]
 
     def freeze_reference(self) -> None:

@@ -18,6 +18,8 @@ NAME = "fastppo"
 
 
 class AttentionContext(Protocol):
+    calls: int  # how many layers have come here, those that are refused too
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """q [T, H, D], k and v [T, Hkv, D] of this call's tokens -> [T, H, D]."""
 
@@ -37,7 +39,6 @@ class TreeContext:
         self.calls = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.calls += 1
         if self.keep:
             self.kept[layer] = (k, v)
         if self.past is not None:
@@ -59,6 +60,7 @@ class DecodeContext:
     ):
         self.root, self.own, self.lengths, self.longest = root, own, lengths, longest
         self.slots = torch.arange(lengths.shape[0], device=lengths.device)
+        self.calls = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         k_own, v_own = self.own[layer]
@@ -89,8 +91,11 @@ def _interface(
         raise RuntimeError(
             "the attention implementation 'fastppo' needs fastppo_context: call the model through fastppo"
         )
-    if s_aux is not None or dropout:
-        raise NotImplementedError("attention sinks and attention dropout are not supported on the packed path")
+    fastppo_context.calls += 1
+    if s_aux is not None:
+        raise ValueError("attention sinks are not supported on the packed path")
+    if dropout:
+        raise ValueError(f"attention dropout must be 0 on the packed path, got {dropout}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
     out = fastppo_context.attend(layer, q, k, v, scale=scaling, window=sliding_window, softcap=softcap)

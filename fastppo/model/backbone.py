@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fastppo.batch.token_tree import TokenTree, build_tree
 from fastppo.errors import UserError
 from fastppo.model import attention as tree_attention
+from fastppo.model.llama_trunk import LlamaTrunk
 from fastppo_kernels import linear_logprob
 
 
@@ -67,7 +68,7 @@ class Backbone:
 
     ``packed`` (else ``padded_because`` says why not): whether the model's attention goes through transformers' attention
     interface, so that each token of the tree is computed once. Otherwise the tree's leaves run as a right-padded batch (for
-    example MPT with its ALiBi).
+    example MPT with its ALiBi). ``llama``: our own forward of a packed trunk, where it is of that shape.
     """
 
     padded_because = ""
@@ -79,19 +80,25 @@ class Backbone:
             raise UserError(f"model {model.name_or_path!r} ({type(model).__name__}): this architecture is not supported")
         self.accepts_positions = "position_ids" in inspect.signature(type(self.trunk).forward).parameters
         self.head = head_of(model)
+        self.llama = LlamaTrunk(self.trunk) if LlamaTrunk.suits(self.trunk) else None
         self.packed = self._choose_path()
 
-    def hidden(self, tree: TokenTree) -> Tensor:
+    def hidden(self, tree: TokenTree, rows_R: Tensor | None = None) -> Tensor:
+        """[T, H], or [R, H] of these rows."""
         if self.packed:
-            return self.run(tree.token_ids, tree.positions, tree_attention.TreeContext(tree.layout))
-        return self._padded(tree)
+            return self.run(tree.token_ids, tree.positions, tree_attention.TreeContext(tree.layout), rows_R)
+        hidden_TH = self._padded(tree)
+        return hidden_TH if rows_R is None else hidden_TH[rows_R]
 
-    def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any) -> Tensor:
-        """One packed call of the trunk: hidden states [T, H]. Only where ``packed``."""
+    def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None) -> Tensor:
+        """One packed call of the trunk: hidden states [T, H], or [R, H] of these rows. Only where ``packed``."""
+        if self.llama is not None:
+            return self.llama.run(token_ids_T, positions_T, context, rows_R)
         out = self.trunk(
             input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, fastppo_context=context
         )
-        return out.last_hidden_state[0]
+        hidden_TH = out.last_hidden_state[0]
+        return hidden_TH if rows_R is None else hidden_TH[rows_R]
 
     def _padded(self, tree: TokenTree) -> Tensor:
         paths = tree.paths

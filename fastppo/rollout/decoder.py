@@ -61,15 +61,15 @@ class PackedDecoder:
         sizes = [len(p) - self.root_length for p in prompts]
         for batch in cut_by_tokens(sizes, 0, self.budget):
             chosen, times = [prompts[i] for i in batch], [copies[i] for i in batch]
-            hidden, kept, tree = self._prefill(chosen, self.root_length)
-            ends.append(hidden[tree.last_rows])
+            end, kept, tree = self._prefill(chosen, self.root_length)
+            ends.append(end)
             self._fill(kept, tree, times)
         return torch.cat(ends)
 
     def _prefill(self, sequences: list[list[int]], past: int = 0):
         tree = build_tree(sequences, past=past, device=self.device)
         context = TreeContext(tree.layout, self.root if past else None, keep=True)
-        hidden = self.backbone.run(tree.token_ids, tree.positions, context)
+        hidden = self.backbone.run(tree.token_ids, tree.positions, context, tree.last_rows)
         kept = [context.kept[layer] for layer in sorted(context.kept)]
         return hidden, kept, tree
 

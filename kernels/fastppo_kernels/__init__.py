@@ -20,6 +20,9 @@ from .sample import linear_sample, sample
 from .swiglu import swiglu, swiglu_backward_lora, swiglu_lora
 from .token_logprob import selective_log_softmax, token_logprob
 
+# Also part of what measurements are kept under, see `_measure`.
+__version__ = "0.1.0"
+
 __all__ = [
     "KLEstimator",
     "LoRAProjection",

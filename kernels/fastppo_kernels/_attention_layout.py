@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ._checks import check_device, check_index, check_integer, check_range
 from ._gather import Occurrences, occurrences
+from ._products import no_autocast as no_autocast  # for the back ends
 
 T = TypeVar("T")
 
@@ -36,6 +36,15 @@ class Bucket:
     k_pos_SK: Tensor
     q_place_M: Tensor
     q_real_M: Tensor
+
+    @cached_property
+    def real_SQ11(self) -> Tensor | None:
+        """1.0 where a place holds a real query, 0.0 where it is padding; None where all do."""
+        if self.q_place_M.shape[0] == self.q_rows_SQ.numel():
+            return None
+        real = torch.zeros(self.q_rows_SQ.numel(), device=self.q_rows_SQ.device)
+        real[self.q_place_M] = 1
+        return real.view(*self.q_rows_SQ.shape, 1, 1)
 
 
 # Identity is what the caches below and torch.compile's guards need: equal-looking trees are different trees.
@@ -207,8 +216,3 @@ def check_values(layout: TreeLayout, queries: int) -> None:
         longest = max((b - a for a, b in zip(cu, cu[1:], strict=False)), default=0) if bound is not None else 0
         if bound is not None and bound < longest:
             raise ValueError(f"{name} must be at least {longest}, the most of a segment, got {bound}")
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Scores and sums stay float32 within, whatever autocast says. Entering takes a few microseconds: only where it is on."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from ._attention_layout import TreeLayout, hidden, no_autocast
+from ._attention_layout import TreeLayout, hidden
 from ._attention_varlen import deterministic
 from ._gather import Occurrences, gather_rows, occurrences
+from ._products import no_autocast
 
 
 class Rectangle(NamedTuple):

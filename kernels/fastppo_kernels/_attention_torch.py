@@ -8,14 +8,16 @@ each path is gathered, again in backward rather than saved.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._attention_layout import Bucket, TreeLayout, hidden, layout_of, no_autocast
+from ._attention_layout import Bucket, TreeLayout, hidden, layout_of
 from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
 from ._gather import add_rows_
+from ._products import no_autocast
 
 
 def root_and_own_attention(
@@ -28,12 +30,13 @@ def root_and_own_attention(
     hide_own: Tensor,
     scale: float,
     softcap: float | None,
+    want_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over keys that all segments share and keys of each segment's own.
 
     q [S, Hkv, G*Q, D]; k_root, v_root [Hkv, C, D]; k_own, v_own [S, Hkv, K, D]; hide_* boolean, True where a key is not
-    seen, broadcastable to the scores. Returns out [S, Hkv, G*Q, D] and the log of the softmax's denominator [S, Hkv, G*Q, 1],
-    in the dtype of ``q`` (the callers pass fp32). Every query sees at least one key of its own.
+    seen, [S, 1, Q, K or C]. Returns out [S, Hkv, G*Q, D] and the log of the softmax's denominator [S, Hkv, G*Q, 1] (anything
+    where it is not wanted), in the dtype of ``q`` (the callers pass fp32). Every query sees at least one key of its own.
     """
     s_root, s_own = _scores(q, k_root, k_own, hide_root, hide_own, scale, softcap)
     top = s_own.amax(-1, keepdim=True)
@@ -45,7 +48,7 @@ def root_and_own_attention(
         p_root = s_root.sub_(top).exp_()
         total += p_root.sum(-1, keepdim=True)
         out += _by_root(p_root, v_root)
-    return out.div_(total), top + total.log()
+    return out.div_(total), top + total.log() if want_lse else top
 
 
 def _scores(
@@ -62,8 +65,16 @@ def _scores(
     if softcap is not None:
         s_root, s_own = (torch.tanh(s / softcap).mul_(softcap) for s in (s_root, s_own))
     if hide_root is not None:
-        s_root.masked_fill_(hide_root, -torch.inf)
-    return s_root, s_own.masked_fill_(hide_own, -torch.inf)
+        _hide_(s_root, hide_root)
+    return s_root, _hide_(s_own, hide_own)
+
+
+def _hide_(s: Tensor, hide: Tensor) -> Tensor:
+    """Scores [S, Hkv, G*Q, K], -inf where ``hide`` [S, 1, Q, K] says so, for each of the G groups."""
+    rows, queries = s.shape[2], hide.shape[2]
+    grouped = s if rows == queries or queries == 1 else s.unflatten(2, (rows // queries, queries))
+    grouped.masked_fill_(hide if grouped is s else hide.unsqueeze(2), -torch.inf)
+    return s
 
 
 def _by_root(x: Tensor, y: Tensor) -> Tensor:
@@ -245,20 +256,19 @@ class _Piece:
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of a [T, H, D] tensor in the piece's [S, Q, H, D] order."""
-        rows = x[self.root_slice][None] if self.bucket is None else x[self.bucket.q_rows_SQ]
+        rows = x[self.root_slice][None] if self.bucket is None else _rows(x, self.bucket.q_rows_SQ)
         rows = rows.to(accumulate_dtype(x.dtype))
-        if self.bucket is not None and self.bucket.q_place_M.shape[0] < self.bucket.q_rows_SQ.numel():
+        if self.bucket is not None and self.bucket.real_SQ11 is not None:
             # Padded places hold row 0: without this they would add its gradient to the keys.
-            keep = torch.zeros(self.bucket.q_rows_SQ.numel(), 1, 1, dtype=rows.dtype, device=x.device)
-            keep[self.bucket.q_place_M] = 1
-            rows = rows * keep.view(*self.bucket.q_rows_SQ.shape, 1, 1)
+            rows = rows * self.bucket.real_SQ11.to(rows.dtype)
         return rows
 
     def scatter(self, x: Tensor, rows: Tensor) -> None:
         if self.bucket is None:
             x[self.root_slice] = rows.to(x.dtype)
         else:
-            x[self.bucket.q_real_M] = rows[self.bucket.q_place_M].to(x.dtype)
+            real = rows if self.bucket.real_SQ11 is None else rows.index_select(0, self.bucket.q_place_M)
+            x.index_copy_(0, self.bucket.q_real_M, real.to(x.dtype))
 
     def add_own(self, x: Tensor, rows_SHKD: Tensor) -> None:
         if self.bucket is None:
@@ -267,24 +277,37 @@ class _Piece:
             add_rows_(x, self.bucket.k_rows_SK.flatten(), rows_SHKD.transpose(1, 2).flatten(0, 1))
 
 
+def _hidden_in_root(layout: TreeLayout, window: int | None) -> Tensor:
+    k_pos = torch.arange(layout.root, device=layout.kv_index.device)
+    return hidden(k_pos[layout.past :], k_pos, window)[None, None]
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows] for two dimensions of rows; copied row by row, not number by number."""
+    return x.index_select(0, rows.view(-1)).view(*rows.shape, *x.shape[1:])
+
+
+def _hidden(bucket: Bucket, root: int, window: int | None) -> tuple[Tensor | None, Tensor]:
+    """hide_root and hide_own of a bucket."""
+    hide_root = None
+    if window is not None and root:
+        hide_root = hidden(bucket.q_pos_SQ, torch.arange(root, device=bucket.q_pos_SQ.device)[None], window)[:, None]
+    return hide_root, hidden(bucket.q_pos_SQ, bucket.k_pos_SK, window)[:, None]
+
+
 def _pieces(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int | None):
-    kv_heads, group, root, past = k.shape[1], q.shape[1] // k.shape[1], layout.root, layout.past
+    kv_heads, root, past = k.shape[1], layout.root, layout.past
     work = accumulate_dtype(q.dtype)
     k_root, v_root = (x[:root].to(work).transpose(0, 1) for x in (k, v))
     if root > past:  # the root rows themselves, attending to each other
-        k_pos = torch.arange(root, device=q.device)
-        hide = hidden(k_pos[past:], k_pos, window)[None, None].repeat(1, 1, group, 1)
+        hide = layout.keep(f"hidden root {window}", partial(_hidden_in_root, layout, window))
         rows = slice(0, root - past)
         q_root = _group_heads(q[None, rows].to(work), kv_heads)
         yield _Piece(None, rows, q_root, k_root[:, :0], v_root[:, :0], k_root[None], v_root[None], None, hide)
-    for bucket in layout.buckets:
-        q_piece = _group_heads(q[bucket.q_rows_SQ].to(work), kv_heads)
-        k_own, v_own = (x[bucket.k_rows_SK].to(work).transpose(1, 2) for x in (k, v))
-        hide_own = hidden(bucket.q_pos_SQ, bucket.k_pos_SK, window)[:, None].repeat(1, 1, group, 1)
-        hide_root = None
-        if window is not None and root:
-            k_pos = torch.arange(root, device=q.device)[None]
-            hide_root = hidden(bucket.q_pos_SQ, k_pos, window)[:, None].repeat(1, 1, group, 1)
+    for i, bucket in enumerate(layout.buckets):
+        q_piece = _group_heads(_rows(q, bucket.q_rows_SQ).to(work), kv_heads)
+        k_own, v_own = (_rows(x, bucket.k_rows_SK).to(work).transpose(1, 2) for x in (k, v))
+        hide_root, hide_own = layout.keep(f"hidden {i} {window}", partial(_hidden, bucket, root, window))
         yield _Piece(bucket, slice(0), q_piece, k_root, v_root, k_own, v_own, hide_root, hide_own)
 
 
@@ -319,20 +342,24 @@ def decode_attention(
     """
     _check_decode(q, k_root, v_root, k_own, v_own, lengths)
     check_options(scale, window, softcap)
-    root, work, (batch, heads, dim), kv_heads = k_root.shape[0], accumulate_dtype(q.dtype), q.shape, k_own.shape[1]
+    root, dtype, (batch, heads, dim), kv_heads = k_root.shape[0], q.dtype, q.shape, k_own.shape[1]
+    work = accumulate_dtype(dtype)
     scale = dim**-0.5 if scale is None else scale
-    q_pos = lengths[:, None] - 1  # in the own cache, as the keys' below
-    hide_own = hidden(q_pos, torch.arange(k_own.shape[2], device=q.device)[None], window)[:, None]
+    places = torch.arange(k_own.shape[2], device=q.device)
     hide_root = None
-    if window is not None and root:
-        hide_root = hidden(q_pos + root, torch.arange(root, device=q.device)[None], window)[:, None]
+    if window is None:
+        hide_own = places >= lengths.view(batch, 1, 1, 1)
+    else:
+        q_pos = lengths[:, None] - 1  # in the own cache, as the keys' below
+        hide_own = hidden(q_pos, places[None], window)[:, None]
+        if root:
+            hide_root = hidden(q_pos + root, torch.arange(root, device=q.device)[None], window)[:, None]
+    if work is not q.dtype:
+        q, k_root, v_root, k_own, v_own = (x.to(work) for x in (q, k_root, v_root, k_own, v_own))
     with no_autocast(q.device):
-        grouped = q.to(work).view(batch, kv_heads, heads // kv_heads, dim)
-        k_root, v_root = (x.to(work).transpose(0, 1) for x in (k_root, v_root))
-        out, _ = root_and_own_attention(
-            grouped, k_root, v_root, k_own.to(work), v_own.to(work), hide_root, hide_own, scale, softcap
-        )
-    return out.flatten(1, 2).to(q.dtype)
+        grouped, roots = q.view(batch, kv_heads, heads // kv_heads, dim), (k_root.transpose(0, 1), v_root.transpose(0, 1))
+        out, _ = root_and_own_attention(grouped, *roots, k_own, v_own, hide_root, hide_own, scale, softcap, want_lse=False)
+    return out.flatten(1, 2).to(dtype)
 
 
 def _check_decode(q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_own: Tensor, lengths: Tensor) -> None:

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ._attention_layout import no_autocast
 from ._gather import Occurrences, occurrences, sum_rows
+from ._products import no_autocast
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # The kernels read rows of 16 bytes; other head sizes are filled up with zeros, which changes nothing.
@@ -39,7 +39,10 @@ class Numbers(NamedTuple):
 
 
 class Library(ABC):
-    """The forward and backward of one library, on q [T, H, D] and gathered k, v [N, Hkv, D] with equal D."""
+    """The forward and backward of one library, on q [T, H, D] and gathered k, v [N, Hkv, D] with equal D.
+
+    cu_q, cu_k come as the caller has them, int32 or int64: what is kept of a tree is found by them.
+    """
 
     name: ClassVar[str]
     device_types: ClassVar[tuple[str, ...]] = ("cuda",)
@@ -102,7 +105,7 @@ class FlashAttn(Library):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ask: Numbers) -> tuple[Tensor, Tensor]:
         run, _ = _flash_attn()
-        out, lse, *_ = run(q, k, v, cu_q, cu_k, _queries(ask), ask.max_k, **self._options(ask))
+        out, lse, *_ = run(q, k, v, *_int32(cu_q, cu_k), _queries(ask), ask.max_k, **self._options(ask))
         return out, lse
 
     def backward(
@@ -111,7 +114,7 @@ class FlashAttn(Library):
         _, run = _flash_attn()
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         bounds = _queries(ask), ask.max_k
-        run(d_out, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, *bounds, **self._options(ask), deterministic=True)
+        run(d_out, q, k, v, out, lse, dq, dk, dv, *_int32(cu_q, cu_k), *bounds, **self._options(ask), deterministic=True)
         return dq, dk, dv
 
 
@@ -136,7 +139,8 @@ class TorchVarlen(Library):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ask: Numbers) -> tuple[Tensor, Tensor]:
         run, _ = _torch_flash()
-        out, lse, *_ = run(q, k, v, cu_q, cu_k, _queries(ask), ask.max_k, 0.0, ask.window is None, False, **self._options(ask))
+        numbers = _queries(ask), ask.max_k, 0.0, ask.window is None, False
+        out, lse, *_ = run(q, k, v, *_int32(cu_q, cu_k), *numbers, **self._options(ask))
         return out, lse
 
     def backward(
@@ -147,7 +151,7 @@ class TorchVarlen(Library):
         state, unused = q.new_zeros(2, dtype=torch.uint64), q.new_empty(0)
         numbers = _queries(ask), ask.max_k, 0.0, ask.window is None
         with deterministic():
-            return run(d_out, q, k, v, out, lse, cu_q, cu_k, *numbers, state, unused, **self._options(ask))
+            return run(d_out, q, k, v, out, lse, *_int32(cu_q, cu_k), *numbers, state, unused, **self._options(ask))
 
 
 class XFormers(Library):
@@ -216,6 +220,10 @@ def _left(ask: Numbers) -> int:
     return -1 if ask.window is None else ask.window - 1
 
 
+def _int32(*cumulative: Tensor) -> tuple[Tensor, ...]:
+    return tuple(each.to(torch.int32) for each in cumulative)
+
+
 def _queries(ask: Numbers) -> int:
     """At least 2: for one query a sequence the kernels regroup heads and rely on every sequence having exactly one."""
     return max(ask.max_q, 2)
@@ -223,17 +231,21 @@ def _queries(ask: Numbers) -> int:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's kernels without atomics inside; the switch is as before afterwards."""
+    """torch's kernels without atomics inside; the switch is as before afterwards.
+
+    By the function under `torch.use_deterministic_algorithms`, which also writes to Inductor's settings, and by that makes
+    what is compiled afterwards be compiled anew.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     options: Any = torch.utils.deterministic
     fill = options.fill_uninitialized_memory
     # Filling new tensors first, which comes with the switch, would only cost time.
     options.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True)
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
         options.fill_uninitialized_memory = fill
 
 
@@ -343,7 +355,7 @@ def varlen_attention(
         return q.new_empty(0, q.shape[1], v.shape[2]), q.new_empty(chosen.lse_shape(q, cu_q, max_q), dtype=torch.float32)
     ask = Numbers(max_q, max_k, scale, window, softcap)
     with no_autocast(q.device):
-        out, lse = chosen.forward(*_gathered(q, k, v, kv_index), cu_q.to(torch.int32), cu_k.to(torch.int32), ask)
+        out, lse = chosen.forward(*_gathered(q, k, v, kv_index), cu_q, cu_k, ask)
     return out[..., : v.shape[2]].contiguous(), lse
 
 
@@ -377,9 +389,9 @@ def _varlen_attention_backward(
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     rows = _gathered(q, k, v, kv_index)
     d_out, out = (_filled(x, _width(q, v)).contiguous() for x in (d_out, out))
-    tree, ask = (cu_q.to(torch.int32), cu_k.to(torch.int32)), Numbers(max_q, max_k, scale, window, softcap)
+    ask = Numbers(max_q, max_k, scale, window, softcap)
     with no_autocast(q.device):
-        dq, dk, dv = LIBRARIES[library].backward(d_out, *rows, out, lse, *tree, ask)
+        dq, dk, dv = LIBRARIES[library].backward(d_out, *rows, out, lse, cu_q, cu_k, ask)
     if order_N is None or start_R1 is None:
         where = occurrences(kv_index, k.shape[0])
     else:

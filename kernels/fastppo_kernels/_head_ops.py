@@ -5,7 +5,8 @@ of `_rows` (the torch twin) or of `_triton_head`, as `use_triton` says. Argument
 `softcap` and the like are None for none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from . import _rows
 from ._checks import accumulate_dtype
+from ._eager import eager_or
 from ._gather import occurrences
+from ._products import no_autocast, product
 from ._rows import Actions, Statistics, Transform
 
 # Rows of the head whose weight gradient is made at a time: bounds the float32 product before it is added.
@@ -38,14 +41,6 @@ def _kernels(use_triton: bool) -> ModuleType:
 
 def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, accumulated in float32 and given in `dtype`: that of the factors, or float32, then without rounding."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == dtype:
-            return a @ b
-        return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -85,14 +80,14 @@ class _Head(NamedTuple):
         """S = hidden A^T: [C, K] in `logits_dtype`."""
         assert self.lora_A_KH is not None
         hidden_CH = hidden_CH.to(self.weight_VH.dtype).to(self.logits_dtype)
-        return _product(hidden_CH, self.lora_A_KH.to(self.logits_dtype).t(), self.logits_dtype)
+        return product(hidden_CH, self.lora_A_KH.to(self.logits_dtype).t(), self.logits_dtype)
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
-        logits_CV = _product(hidden_CH.to(self.weight_VH.dtype), self.weight_VH.t(), self.logits_dtype)
+        logits_CV = product(hidden_CH.to(self.weight_VH.dtype), self.weight_VH.t(), self.logits_dtype)
         if self.lora_B_VK is None:
             return logits_CV
         s_CK, b_KV = self.adapter_input(hidden_CH), self.lora_B_VK.to(self.logits_dtype).t()
-        with torch.autocast(hidden_CH.device.type, enabled=False):
+        with no_autocast(hidden_CH.device):
             if hidden_CH.is_cuda:  # no second tensor of the chunk's size
                 return logits_CV.addmm_(s_CK, b_KV, alpha=self.lora_scale)
             return logits_CV.add_((s_CK @ b_KV).mul_(self.lora_scale))  # PEFT's arithmetic, to the bit
@@ -130,24 +125,24 @@ class _HeadGradient:
         wide = accumulate_dtype(dtype)
         if need_hidden:
             product_dtype = wide if hidden_CH.dtype == wide else dtype
-            grad_hidden_RH[chunk] = _product(grad_CV, head.weight_VH, product_dtype)
+            grad_hidden_RH[chunk] = product(grad_CV, head.weight_VH, product_dtype)
         if need_weight:
             finite_CH = _finite(hidden_CH.to(dtype))
             for part in _chunks(len(head.weight_VH), _WEIGHT_ROWS):
-                grad_weight_VH[part] += _product(grad_CV[:, part].t(), finite_CH, wide)
+                grad_weight_VH[part] += product(grad_CV[:, part].t(), finite_CH, wide)
         if need_bias:
             grad_bias_V += grad_CV.sum(0, dtype=wide)
         if head.lora_A_KH is None or head.lora_B_VK is None:
             return
         if need_hidden or need_A:
-            ds_CK = _product(grad_CV, head.lora_B_VK.to(dtype), wide).mul_(head.lora_scale)
+            ds_CK = product(grad_CV, head.lora_B_VK.to(dtype), wide).mul_(head.lora_scale)
             if need_hidden:
-                grad_hidden_RH[chunk] += _product(ds_CK, head.lora_A_KH.to(wide), wide)
+                grad_hidden_RH[chunk] += product(ds_CK, head.lora_A_KH.to(wide), wide)
             if need_A:
-                grad_A_KH += _product(ds_CK.t(), _finite(hidden_CH.to(dtype).to(wide)), wide)
+                grad_A_KH += product(ds_CK.t(), _finite(hidden_CH.to(dtype).to(wide)), wide)
         if need_B:
             s_CK = _finite(head.adapter_input(hidden_CH)).to(dtype)
-            grad_B_VK += _product(grad_CV.t(), s_CK, wide).mul_(head.lora_scale)
+            grad_B_VK += product(grad_CV.t(), s_CK, wide).mul_(head.lora_scale)
 
 
 def _gradient_place(logits_CV: Tensor, dtype: torch.dtype, use_triton: bool) -> Tensor:
@@ -157,8 +152,7 @@ def _gradient_place(logits_CV: Tensor, dtype: torch.dtype, use_triton: bool) -> 
     return logits_CV.view(dtype)[:, : logits_CV.shape[1]] if use_triton else logits_CV.new_empty(logits_CV.shape, dtype=dtype)
 
 
-@torch.library.custom_op("fastppo_kernels::token_logprob", mutates_args=())
-def token_logprob(
+def _token_logprob(
     logits_RV: Tensor, targets_RJ: Tensor, temperature: float, softcap: float | None, inplace: bool, use_triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob_A, maximum_R, log S_R, entropy_R) of J targets a row, A = R J. `inplace` is for the backward alone."""
@@ -169,6 +163,9 @@ def token_logprob(
     for chunk, logits_CV in _given(logits_RV, use_triton):
         _kernels(use_triton).statistics(logits_CV, None, chunk.start, actions, transform, out, None)
     return out
+
+
+token_logprob = torch.library.custom_op("fastppo_kernels::token_logprob", mutates_args=())(_token_logprob)
 
 
 def _given(logits_RV: Tensor, use_triton: bool) -> Iterator[tuple[slice, Tensor]]:
@@ -208,8 +205,7 @@ def _token_logprob_gradient(
         )
 
 
-@torch.library.custom_op("fastppo_kernels::token_logprob_backward", mutates_args=())
-def token_logprob_backward(
+def _token_logprob_backward(
     logits_RV: Tensor,
     targets_RJ: Tensor,
     statistics: list[Tensor],
@@ -225,6 +221,11 @@ def token_logprob_backward(
     return grad_RV
 
 
+token_logprob_backward = torch.library.custom_op("fastppo_kernels::token_logprob_backward", mutates_args=())(
+    _token_logprob_backward
+)
+
+
 @token_logprob_backward.register_fake
 def _(logits_RV: Tensor, *_: Any) -> Tensor:
     return logits_RV.new_empty(logits_RV.shape)
@@ -236,23 +237,29 @@ def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(logits_RV, targets_RJ, *output)
 
 
-def _token_backward(ctx: Any, grad_logprob_A: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    logits_RV, targets_RJ, *statistics = ctx.saved_tensors
-    settings = (targets_RJ, statistics, grad_logprob_A, grads[2])
+def _token_gradients(
+    ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor], backward: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    logits_RV, targets_RJ, *statistics = saved
+    settings = (targets_RJ, statistics, grads[0], grads[3])
     # A compiled graph may not write to what it was given; its memory planner reuses the logits' memory by itself.
     if ctx.inplace and not torch.compiler.is_compiling():
         place_RV = logits_RV.detach()
         _token_logprob_gradient(place_RV, place_RV, *settings, Transform(1.0, ctx.temperature, ctx.softcap), ctx.use_triton)
         torch.autograd.graph.increment_version(logits_RV)  # a second backward raises instead of giving nonsense
         return place_RV, *(None,) * 5
-    return token_logprob_backward(logits_RV, *settings, ctx.temperature, ctx.softcap, ctx.use_triton), *(None,) * 5
+    return backward(logits_RV, *settings, ctx.temperature, ctx.softcap, ctx.use_triton), *(None,) * 5
 
 
-token_logprob.register_autograd(_token_backward, setup_context=_token_setup)
+token_logprob.register_autograd(
+    lambda ctx, *grads: _token_gradients(ctx, ctx.saved_tensors, grads, token_logprob_backward), setup_context=_token_setup
+)
+call_token_logprob = eager_or(
+    token_logprob, _token_logprob, _token_setup, partial(_token_gradients, backward=_token_logprob_backward)
+)
 
 
-@torch.library.custom_op("fastppo_kernels::linear_logprob", mutates_args=())
-def linear_logprob(
+def _linear_logprob(
     hidden_RH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
@@ -284,6 +291,9 @@ def linear_logprob(
     return out.logprob_A, entropy_A, argmax_R, *out[1:]
 
 
+linear_logprob = torch.library.custom_op("fastppo_kernels::linear_logprob", mutates_args=())(_linear_logprob)
+
+
 @linear_logprob.register_fake
 def _(hidden_RH: Tensor, weight_VH: Tensor, *others: Any) -> tuple[Tensor, ...]:
     targets_A, want_argmax = others[3], others[-2]
@@ -292,8 +302,7 @@ def _(hidden_RH: Tensor, weight_VH: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return logprob_A, torch.empty_like(logprob_A), targets_A.new_empty(rows if want_argmax else 0), *of_rows
 
 
-@torch.library.custom_op("fastppo_kernels::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward(
+def _linear_logprob_backward(
     hidden_RH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
@@ -328,6 +337,11 @@ def linear_logprob_backward(
     return gradient.all
 
 
+linear_logprob_backward = torch.library.custom_op("fastppo_kernels::linear_logprob_backward", mutates_args=())(
+    _linear_logprob_backward
+)
+
+
 @linear_logprob_backward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     return _new_gradients(inputs[:5], inputs[-1])
@@ -341,14 +355,21 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(*inputs[:7], logprob_A, *others[1:])
 
 
-def _linear_backward(ctx: Any, grad_logprob_A: Tensor, grad_entropy_A: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs, statistics, needs = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:]), list(ctx.needs_input_grad[:5])
-    gradients = linear_logprob_backward(*inputs, *ctx.settings, statistics, grad_logprob_A, grad_entropy_A, needs)
+def _linear_gradients(
+    ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor], backward: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
+    inputs, statistics, needs = saved[:7], list(saved[7:]), list(ctx.needs_input_grad[:5])
+    gradients = backward(*inputs, *ctx.settings, statistics, grads[0], grads[1], needs)
     of_inputs = zip(gradients, inputs, needs, strict=False)
     return *(gradient.to(x.dtype) if need else None for gradient, x, need in of_inputs), *(None,) * 10
 
 
-linear_logprob.register_autograd(_linear_backward, setup_context=_linear_setup)
+linear_logprob.register_autograd(
+    lambda ctx, *grads: _linear_gradients(ctx, ctx.saved_tensors, grads, linear_logprob_backward), setup_context=_linear_setup
+)
+call_linear_logprob = eager_or(
+    linear_logprob, _linear_logprob, _linear_setup, partial(_linear_gradients, backward=_linear_logprob_backward)
+)
 
 
 @torch.library.custom_op("fastppo_kernels::linear_ppo_loss", mutates_args=())

@@ -8,7 +8,6 @@ gets exactly the base output, whatever the adapter holds: entries of A and B tha
 a mask, and the columns of S (or dS) they would have met become NaN in the rows that do use them.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import _measure
 from ._checks import accumulate_dtype
+from ._products import ROWS_WITH_S, masked, no_autocast, product
 
 
 class Projection(NamedTuple):
@@ -29,9 +29,6 @@ class Projection(NamedTuple):
     bias_N: Tensor | None
     scale: float
 
-
-# Up to so many rows the Triton GEMM makes S itself.
-ROWS_WITH_S = 64
 
 # Tensors of a projection where they are listed flat: weight, A, B, bias.
 FIELDS = 4
@@ -77,16 +74,6 @@ class Adapter(NamedTuple):
     poison_R: Tensor | None
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, summed up in float32 and given in `dtype`: that of the factors, or float32 and then never rounded."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and dtype == torch.float32 and a.numel() > 0 and a.dtype != torch.float64:
-        return torch.mm(a, b, out_dtype=dtype)
-    wide = torch.promote_types(a.dtype, dtype)
-    return (a.to(wide) @ b.to(wide)).to(dtype)
-
-
 def _adapter(projection: Projection, dtype: torch.dtype, masked: bool) -> Adapter:
     """The adapter for the products; with a mask free of entries that are not finite.
 
@@ -124,12 +111,7 @@ def apply_mask(rows_MR: Tensor, mask_MG: Tensor | None, adapters: Sequence[Adapt
     poison_R = _stack([adapter.poison_R for adapter in adapters if adapter.poison_R is not None], 0)
     columns = rows_MR.shape[1] // groups
     rows_MGC = (rows_MR + poison_R).view(rows, groups, columns)
-    factor_MG1 = mask_MG.unsqueeze(2)
-    if mask_MG.dtype == torch.bool:
-        masked_MGC = torch.where(factor_MG1, rows_MGC, 0.0)
-    else:
-        masked_MGC = torch.where(factor_MG1 != 0, rows_MGC * factor_MG1.to(rows_MR.dtype), 0.0)
-    return masked_MGC.view(rows_MR.shape)
+    return masked(rows_MGC, mask_MG.unsqueeze(2)).view(rows_MR.shape)
 
 
 def forward(x_MK: Tensor, mask_MG: Tensor | None, projections: Sequence[Projection]) -> tuple[list[Tensor], list[Tensor]]:
@@ -354,7 +336,7 @@ def run_forward(
         packed = _pack(projections)
         result = lora_forward(x_MK, mask_MG, *packed, keep, choice)
         return result[: len(projections)], result[len(projections) :]
-    with _no_autocast(x_MK.device.type):
+    with no_autocast(x_MK.device):
         return _chosen_forward(x_MK, mask_MG, projections, keep, choice)
 
 
@@ -380,14 +362,9 @@ def run_backward(
         )  # fmt: skip
         flat = [next(found) if there else None for there in _made(given, projections, need_x, wanted)]
         return flat[0], [Gradients(*flat[i : i + FIELDS]) for i in range(1, len(flat), FIELDS)]
-    device = next(grad_MN.device.type for grad_MN in grads if grad_MN is not None)
-    with _no_autocast(device):
+    device = next(grad_MN.device for grad_MN in grads if grad_MN is not None)
+    with no_autocast(device):
         return backward(grads, x_MK, mask_MG, projections, kept, need_x, needs, choice)
-
-
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    """Entering autocast costs a few microseconds: only where it is on."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _pack(projections: Sequence[Projection]) -> tuple[list[Tensor], list[bool], list[float]]:
@@ -413,7 +390,7 @@ def lora_forward(
     choice: str,
 ) -> list[Tensor]:
     """The outputs, then S as `forward` keeps it, if it is to be kept. For torch.compile, which cannot see the choice."""
-    with _no_autocast(x_MK.device.type):
+    with no_autocast(x_MK.device):
         outputs, kept = _chosen_forward(x_MK, mask_MG, _unpack(tensors, present, scales), keep, choice)
     return [*outputs, *kept] if keep else outputs
 
@@ -454,7 +431,7 @@ def lora_backward(
     projections, following = _unpack(tensors, present, scales), iter(grads)
     each_grad = [next(following) if there else None for there in given]
     needs = [Needs(*wanted[FIELDS * i : FIELDS * (i + 1)]) for i in range(len(projections))]
-    with _no_autocast(grads[0].device.type):
+    with no_autocast(grads[0].device):
         grad_x_MK, found = backward(each_grad, x_MK, mask_MG, projections, kept, need_x, needs, choice)
     return [grad for grad in (grad_x_MK, *(grad for each in found for grad in each)) if grad is not None]
 

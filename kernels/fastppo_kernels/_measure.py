@@ -2,7 +2,8 @@
 
 What was chosen is kept in ``<folder>/<GPU name>.json``, so that a process that goes on with a run computes as the one before
 it. The folder is the environment variable ``FASTPPO_KERNELS_CACHE``, else ``~/.cache/fastppo_kernels``; set to the empty
-string, or where there is no home folder, nothing is read or written. Entries of another torch or triton are not used.
+string, or where there is no home folder, nothing is read or written. Entries of another torch, triton or fastppo_kernels are
+not used.
 """
 
 import contextlib
@@ -63,7 +64,10 @@ def _software() -> str:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    return f"torch {torch.__version__}, triton {triton}"
+    # At the time of the call: this module is imported by the package's own import.
+    from . import __version__
+
+    return f"fastppo_kernels {__version__}, torch {torch.__version__}, triton {triton}"
 
 
 @cache

@@ -8,6 +8,9 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
 
 
+_SMALL_ROUNDS, _ROUNDS = 2, 10
+
+
 def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Four random words for each counter.
 
@@ -23,11 +26,37 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[in
         Four int64 tensors of words, of the broadcast shape.
     """
     word_0, word_1, word_2, word_3 = counter
-    key_0, key_1 = key
-    for _ in range(10):
+    keys = [
+        tuple((word + i * weyl) & _WORD for word, weyl in zip(key, (_WEYL_0, _WEYL_1), strict=True)) for i in range(_ROUNDS)
+    ]
+    for key_0, key_1 in keys[:_SMALL_ROUNDS]:
         product_0, product_1 = word_0 * _MULTIPLIER_0, word_2 * _MULTIPLIER_1
         word_0 = ((product_1 >> 32) & _WORD) ^ (word_1 ^ key_0)
         word_2 = ((product_0 >> 32) & _WORD) ^ (word_3 ^ key_1)
         word_1, word_3 = product_1 & _WORD, product_0 & _WORD
-        key_0, key_1 = (key_0 + _WEYL_0) & _WORD, (key_1 + _WEYL_1) & _WORD
-    return tuple(torch.broadcast_tensors(word_0, word_1, word_2, word_3))
+
+    # The other rounds in memory of their own, both products in one launch: `even` holds the words 0 and 2, `odd` those that
+    # are added to them. Each round exchanges the places of the two, in both. The odd words' high halves are left as they are
+    # until the end, for the mask over the even ones takes them away.
+    shape = torch.broadcast_shapes(*(word.shape for word in (word_0, word_1, word_2, word_3)))
+    even, odd, product = (word_0.new_empty(2, *shape) for _ in range(3))
+    for place, word in ((even[0], word_0), (even[1], word_2), (odd[0], word_1), (odd[1], word_3)):
+        place.copy_(word)
+    pair = (2, *(1 for _ in shape))
+    multipliers = word_0.new_tensor([_MULTIPLIER_0, _MULTIPLIER_1, _MULTIPLIER_0]).unfold(0, 2, 1).view(2, *pair)
+    # The key of the word that comes to lie first, then of the other.
+    added = word_0.new_tensor([keys[i][:: 1 if i % 2 else -1] for i in range(_SMALL_ROUNDS, _ROUNDS)]).view(-1, *pair)
+    first, second = even.unbind()
+    halves = [each.unbind() for each in (odd, product)]
+    for i, key_pair in enumerate(added.unbind()):
+        torch.mul(even, multipliers[i % 2], out=product)
+        torch.bitwise_right_shift(product, 32, out=even)
+        even.bitwise_xor_(key_pair)
+        # The high half of the first product belongs to word 2, which meets word 3, the second of the odd ones.
+        first.bitwise_xor_(halves[0][1])
+        second.bitwise_xor_(halves[0][0])
+        even.bitwise_and_(_WORD)
+        odd, product = product, odd
+        halves.reverse()
+    odd.bitwise_and_(_WORD)
+    return even[0], odd[0], even[1], odd[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import accumulate_dtype, check_device, check_float, check_integer, check_shape
+from ._products import masked, product
 
 # Borders are this many columns, or a multiple: 16 bytes of a half-precision buffer.
 BORDER = 8
@@ -66,19 +67,13 @@ def lora_columns(
     """S or dS from a product in the accumulation dtype: times scale and mask, 0 where the mask is 0 whatever the product is."""
     columns_MR = product_MR * column_scale_R.to(product_MR.dtype)
     if mask_MG is not None and column_group_R is not None:
-        mask_MR = mask_MG.to(product_MR.dtype)[:, column_group_R.long()]
-        columns_MR = torch.where(mask_MR != 0, columns_MR * mask_MR, 0.0)
+        columns_MR = masked(columns_MR, mask_MG.to(product_MR.dtype)[:, column_group_R.long()])
     return columns_MR.to(dtype)
 
 
-def product(a_MK: Tensor, b_KR: Tensor) -> Tensor:
-    """a @ b in the accumulation dtype, rounded no further."""
-    dtype = accumulate_dtype(a_MK.dtype)
-    with torch.autocast(a_MK.device.type, enabled=False):
-        b_KR = b_KR.to(a_MK.dtype)
-        if a_MK.dtype == dtype:
-            return a_MK @ b_KR
-        return torch.mm(a_MK, b_KR, out_dtype=dtype) if a_MK.is_cuda else a_MK.to(dtype) @ b_KR.to(dtype)
+def wide_product(a_MK: Tensor, b_KR: Tensor) -> Tensor:
+    """a @ b in the accumulation dtype, rounded no further; b is rounded to a's dtype."""
+    return product(a_MK, b_KR.to(a_MK.dtype), accumulate_dtype(a_MK.dtype))
 
 
 def store_activation_columns(
@@ -93,7 +88,7 @@ def store_activation_columns(
     rank, width = stacked_RK.shape
     if not rank:
         return
-    s_MR = product(out[:, left : left + width], stacked_RK.t())
+    s_MR = wide_product(out[:, left : left + width], stacked_RK.t())
     s_MR = lora_columns(s_MR, column_scale_R, mask_MG, column_group_R, out.dtype)
     out[:, :left] = s_MR[:, :left]
     out[:, left + width :] = s_MR[:, left:]

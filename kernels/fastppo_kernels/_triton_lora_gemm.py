@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configuration import Configuration
+from ._products import ROWS_WITH_S
 from .lora_gemm import NF4_CODE
 
 GIVEN, IN_LOOP, SPLIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -306,7 +307,6 @@ class Plan(NamedTuple):
     span: int = 0
 
 
-_SMALL_M = 64
 # (float32?, NF4?) -> tiles for up to 16 rows, up to 64, and more.
 _TILES = {
     (False, False): (Tile(16, 64, 128, 4, 4), Tile(64, 128, 64, 8, 4), Tile(256, 128, 32, 8, 4)),
@@ -341,7 +341,7 @@ def plan(
 ) -> Plan:  # fmt: skip
     """What is launched for these sizes on a GPU with so many multiprocessors; S must be given for more than 64 rows."""
     tiny, small, large = _tiles(float32, quantised, transposed)
-    if rows > _SMALL_M:
+    if rows > ROWS_WITH_S:
         filled = triton.cdiv(rows, large.block_m) * triton.cdiv(columns, large.block_n) >= processors
         return Plan(large if filled else small, GIVEN.value)
     tile = tiny if rows <= tiny.block_m else small

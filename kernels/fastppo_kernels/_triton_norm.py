@@ -12,7 +12,6 @@ rows instead.
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
 import torch
 import triton
@@ -20,12 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configuration import Configuration
+from ._triton_producer import HALF, NAMES, PRODUCER_TILES, UNIT, producer_configurations, signature_of, store_columns
 
-HALF = (torch.bfloat16, torch.float16)
 # Columns of a tile, its rows, warps: 8 to 32 entries a thread. The last sweeps rows of any width.
 _TILES = ((256, 4, 4), (1024, 2, 4), (4096, 1, 8), (8192, 1, 8))
 _WIDE = (4096, 1, 8)
-UNIT = tl.constexpr(8)
 # Partial sums of the weight's gradient; a constant, so that they are added in the same order on every GPU.
 _PROGRAMS = 256
 
@@ -127,24 +125,6 @@ def rms_norm_backward_kernel(
         tl.store(partial_row + column, tl.sum(grad_weight, 0)[None, :], mask=column < columns)
 
 
-@triton.jit
-def store_columns(
-    product_MR, out_rows, row, rows, first, count, left, gap, scale, mask, mask_stride, group, has_mask,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Write columns first, ..., first + count - 1 of S: column c lies at c, and from `left` on at c + gap."""
-    c = first + tl.arange(0, BLOCK_R)
-    wanted = c < first + count
-    value = product_MR * tl.load(scale + c, mask=wanted, other=0.0)[None, :]
-    inside = (row < rows)[:, None] & wanted[None, :]
-    if has_mask:
-        place = tl.load(group + c, mask=wanted, other=0)
-        factor = tl.load(mask + (row * mask_stride)[:, None] + place[None, :], mask=inside, other=0.0)
-        value = tl.where(factor != 0.0, value * factor, 0.0)  # NaN of an adapter that is off goes nowhere
-    place = c + tl.where(c >= left, gap, 0)
-    tl.store(out_rows + place[None, :], value.to(out_rows.dtype.element_ty), mask=inside)
-
-
 # Sizes are given in units of 8 entries, 16 bytes: with borders of 8 a stride is often no multiple of 16 entries, which is all
 # that triton looks for, and 16-byte accesses (and with them cp.async) would be lost.
 @triton.jit(
@@ -188,9 +168,7 @@ def rms_norm_lora_kernel(
         wanted = (here < width)[:, None] & (adapter < rank)[None, :]
         a = tl.load(stacked_rows + here[:, None], mask=wanted, other=0.0)
         product_MR = tl.dot(value, a, product_MR)
-    store_columns(
-        product_MR, out_rows, row, rows, 0, rank, border, width, scale, mask, mask_stride, group, has_mask, BLOCK_R
-    )
+    store_columns(product_MR, out_rows, row, rows, 0, rank, border, width, scale, mask, mask_stride, group, has_mask, BLOCK_R)
 
 
 def _tile(columns: int, *matrices: Tensor) -> tuple[bool, int, int, int]:
@@ -241,44 +219,6 @@ def backward(
     return partial_PK.sum(0)
 
 
-# (BLOCK_M, BLOCK_R) of the kernels that make S -> (BLOCK_K, warps, stages).
-Tiles = dict[tuple[int, int], tuple[int, int, int]]
-PRODUCER_TILES: Tiles = {
-    (16, 16): (128, 4, 3),
-    (16, 32): (128, 4, 3),
-    (32, 16): (128, 4, 3),
-    (32, 32): (128, 4, 3),
-    (32, 64): (128, 4, 3),
-    (64, 16): (64, 4, 4),
-    (64, 32): (64, 4, 4),
-    (64, 64): (64, 4, 4),
-    (64, 128): (64, 8, 4),
-}
-# Fewer blocks of rows leave half of an H100's multiprocessors idle for the whole of a sweep: then a GEMM, which also splits the
-# columns, is quicker.
-_FEWEST_BLOCKS = 64
-
-
-def producer_tile(tiles: Tiles, rank: int, *matrices: Tensor) -> tuple[int, int] | None:
-    """(BLOCK_M, BLOCK_R) of a kernel that makes `rank` columns of S itself; None where a skinny GEMM is to do it.
-
-    A is read from L2 again by every block of BLOCK_M rows. L2 being about 1.8 times as fast as memory, that is cheaper than to
-    read X once more while rank <= 1.8 BLOCK_M. This is a model, not a measurement. The rows of all matrices (the first tells
-    how many there are) must begin at multiples of 16 bytes, in one half-precision dtype: float32 has no matrix instruction of
-    its precision.
-    """
-    rows, dtype = matrices[0].shape[0], matrices[0].dtype
-    if dtype not in HALF or any(tensor.dtype != dtype or tensor.data_ptr() % 16 for tensor in matrices):
-        return None
-    if any(size % 8 for tensor in matrices for size in (tensor.shape[-1], *tensor.stride()[:-1])):
-        return None
-    for block_m in (64, 32, 16):
-        tile = block_m, max(16, triton.next_power_of_2(rank))
-        if 0 < rank <= 1.8 * block_m and triton.cdiv(rows, block_m) >= _FEWEST_BLOCKS and tile in tiles:
-            return tile
-    return None
-
-
 def forward_lora(
     x_MK: Tensor,
     weight_K: Tensor,
@@ -307,17 +247,6 @@ def forward_lora(
         )  # fmt: skip
 
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_INTEGERS = ("rows", "columns", "left", "rank", "rank_gate", "rank_up", "has_mask")
-
-
-def signature_of(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> dict[str, str]:
-    """The types of a kernel's run-time arguments: those given, i32 for sizes and strides, fp32 for a float or its pointer."""
-    known = {name: "i32" for name in kernel.arg_names if name in _INTEGERS or name.endswith("_stride")}
-    known |= {"eps": "fp32", "offset": "fp32", "group": "*i32"} | types
-    return {name: known.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
-
-
 def configurations() -> Iterator[Configuration]:
     """What the launchers above can choose, for rows that begin at multiples of 16 bytes and ones that do not."""
     tiles = [((False, *tile), True) for tile in _TILES] + [((True, *_WIDE), True), ((True, *_WIDE), False)]
@@ -339,12 +268,3 @@ def configurations() -> Iterator[Configuration]:
             divisible = tuple(name for name in whole if aligned and name in signature)
             yield Configuration(name + ("" if aligned else " unaligned"), kernel, signature, constants, warps, 1, divisible)
     yield from producer_configurations(rms_norm_lora_kernel, ("x", "weight", "stacked", "out"), PRODUCER_TILES)
-
-
-def producer_configurations(kernel: Any, whole: tuple[str, ...], tiles: Tiles) -> Iterator[Configuration]:
-    """Every tile of a kernel that makes S; `whole`: its arguments of the activations' dtype, that begin at 16 bytes."""
-    for dtype, ((block_m, block_r), (block_k, warps, stages)) in product(HALF, tiles.items()):
-        constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "STAGES": stages}
-        signature = signature_of(kernel, constants, {name: "*" + NAMES[dtype] for name in whole})
-        name = f"{kernel.__name__} {NAMES[dtype]} {block_m}x{block_k} R{block_r}"
-        yield Configuration(name, kernel, signature, constants, warps, stages, whole)

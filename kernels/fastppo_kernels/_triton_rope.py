@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configuration import Configuration
-from ._triton_norm import HALF, NAMES, signature_of
+from ._triton_producer import HALF, NAMES, signature_of
 
 # Columns of a tile: half a rotated head, rounded up to a power of two. 1024 entries with its heads, 8 of each half a thread.
 BLOCKS = (16, 32, 64, 128)

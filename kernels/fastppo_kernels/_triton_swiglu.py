@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configuration import Configuration
-from ._triton_norm import NAMES, PRODUCER_TILES, UNIT, Tiles, producer_configurations, signature_of, store_columns
+from ._triton_producer import NAMES, PRODUCER_TILES, UNIT, Tiles, producer_configurations, signature_of, store_columns
 
 # 8 entries a thread: 16 bytes of half precision at a time from each operand.
 _BLOCK, _WARPS = 1024, 4
@@ -107,9 +107,7 @@ def swiglu_lora_kernel(
         tl.store(out_rows + (border + here)[None, :], h, mask=inside)
         a = tl.load(stacked_rows + here[:, None], mask=(here < width)[:, None] & (adapter < rank)[None, :], other=0.0)
         product_MR = tl.dot(h, a, product_MR)
-    store_columns(
-        product_MR, out_rows, row, rows, 0, rank, border, width, scale, mask, mask_stride, group, has_mask, BLOCK_R
-    )
+    store_columns(product_MR, out_rows, row, rows, 0, rank, border, width, scale, mask, mask_stride, group, has_mask, BLOCK_R)
 
 
 @triton.jit(
@@ -248,5 +246,3 @@ def configurations() -> Iterator[Configuration]:
     yield from producer_configurations(swiglu_lora_kernel, ("gate", "up", "stacked", "out"), PRODUCER_TILES)
     whole = ("grad_h", "gate", "up", "lora_gate", "lora_up", "out")
     yield from producer_configurations(swiglu_backward_lora_kernel, whole, GRADIENT_TILES)
-
-

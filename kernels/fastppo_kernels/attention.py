@@ -10,10 +10,11 @@ Back ends, of which each gathers keys and values again in backward rather than k
     varlen      torch's own FlashAttention (what `torch.nn.attention.varlen` calls); windows
     xformers    the package's CUTLASS kernels, float32 too
     sdpa        `scaled_dot_product_attention` with a mask; any device
+    cpu         torch's fused kernel for CPUs, once for all queries that see the same keys
     torch       plain torch, any device and dtype: the definition
 
 The choice is made per call (``backend=``), else by the environment variable ``FASTPPO_ATTENTION`` (empty: as if not set), else
-it is the first of this list that can do what is asked on CUDA, and torch elsewhere.
+it is the first of this list that can do what is asked on CUDA, cpu where it can do it on the CPU, and torch elsewhere.
 
 Autocast changes nothing: each computes as it does without.
 """
@@ -26,6 +27,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ._attention_cpu import CpuAttention, refuses
 from ._attention_layout import TreeLayout, check_tree, check_values
 from ._attention_torch import TreeAttention, check_heads, check_options, decode_attention, tree_attention_op
 from ._attention_varlen import LIBRARIES, varlen_attention
@@ -34,7 +36,7 @@ from ._gather import Occurrences
 
 __all__ = ["AttentionBackend", "TreeLayout", "attention", "attention_backends", "decode_attention", "tree_attention"]
 
-AttentionBackend = Literal["auto", "flash-attn", "varlen", "xformers", "sdpa", "torch"]
+AttentionBackend = Literal["auto", "flash-attn", "varlen", "xformers", "sdpa", "cpu", "torch"]
 VARIABLE = "FASTPPO_ATTENTION"
 
 
@@ -160,6 +162,8 @@ def _run(
         from ._attention_sdpa import sdpa_attention
 
         return sdpa_attention(q, k, v, layout, scale, window)
+    if name == "cpu":
+        return CpuAttention.apply(q, k, v, layout, scale)
     return TreeAttention.apply(q, k, v, layout, scale, window, softcap)
 
 
@@ -221,6 +225,8 @@ def _refusal(name: str, q: Tensor, v: Tensor, window: int | None, softcap: float
     """Why a back end cannot do this; empty if it can."""
     if name in LIBRARIES:
         return LIBRARIES[name].refuses(q, v, window, softcap) or _missing(name)
+    if name == "cpu":
+        return refuses(q, v, window, softcap)
     if name == "sdpa" and softcap is not None:
         return "has no softcap"
     if name == "sdpa" and q.is_cuda and q.dtype == torch.float64:
@@ -239,7 +245,7 @@ def _choose(q: Tensor, v: Tensor, window: int | None, softcap: float | None, bac
             raise ValueError(f"{where} {wanted!r}: {refusal}")
         return wanted
     if not q.is_cuda:
-        return "torch"
+        return "torch" if torch.compiler.is_compiling() or refuses(q, v, window, softcap) else "cpu"
     # The graph would break at sdpa, which the torch operator does not ask for.
     skipped = ("auto", "sdpa") if torch.compiler.is_compiling() else ("auto",)
     return next(name for name in names if name not in skipped and not _refusal(name, q, v, window, softcap))

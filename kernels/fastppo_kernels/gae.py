@@ -16,6 +16,7 @@ from ._checks import (
     check_shape,
 )
 from ._dispatch import Backend, use_triton
+from ._eager import eager_or
 
 
 def _sequence_ends(cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -43,8 +44,6 @@ def _check_lambda(lam: float | Tensor, sequences: int, device: torch.device) -> 
         check_number("lam", lam, at_least=0, at_most=1)
 
 
-# An operator: torch.compile would unroll the doublings, whose number changes with the length.
-@torch.library.custom_op("fastppo_kernels::gae", mutates_args=())
 def _gae(
     rewards: Tensor,
     values: Tensor,
@@ -109,9 +108,16 @@ def _empty_outputs(rewards: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, 
     return advantages, returns, rewards.new_empty(sequences, 3, dtype=torch.float64)
 
 
-@_gae.register_fake
+# An operator: torch.compile would unroll the doublings, whose number changes with the length.
+_gae_op = torch.library.custom_op("fastppo_kernels::gae", mutates_args=())(_gae)
+
+
+@_gae_op.register_fake
 def _(rewards: Tensor, values: Tensor, cu_seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_outputs(rewards, cu_seqlens)
+
+
+_call_gae = eager_or(_gae_op, _gae)
 
 
 @overload
@@ -204,7 +210,7 @@ def gae(
         _check_rises(cu_seqlens, size)
     _check_lambda(lam, sequences, device)
     of_tensor = isinstance(lam, Tensor)
-    advantages, returns, sums = _gae(
+    advantages, returns, sums = _call_gae(
         rewards, values, cu_seqlens, mask, lam if of_tensor else None, float(gamma), 0.0 if of_tensor else float(lam),
         use_triton(rewards, backend) and rewards.dtype != torch.float64,
     )  # fmt: skip

@@ -38,7 +38,7 @@ def linear_ppo_loss(
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     denominator: float | Tensor | None = None,
-    chunk_rows: int = 1024,
+    chunk_rows: int | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
@@ -80,7 +80,7 @@ def linear_ppo_loss(
     check_policy_settings(*settings, ref_logprob)
     check_denominator(denominator, targets_A)
     if not head.use_triton(backend):
-        logprob_A, entropy_A = _head_ops.linear_logprob(*head, False, False)[:2]
+        logprob_A, entropy_A = _head_ops.call_linear_logprob(*head, False, False)[:2]
         loss, metrics = ppo_policy_loss(
             logprob_A, old_logprob_A, advantages_A, mask=mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
             entropy=entropy_A, entropy_coef=entropy_coef, ref_logprob=ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator,

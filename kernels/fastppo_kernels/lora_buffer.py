@@ -15,8 +15,8 @@ a diagonal; so no product has zeros in it but those blocks (k and v beside q). T
 adapter's part is added up in the GEMM's own float32 sums: y is neither read again nor rounded twice.
 """
 
-from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,21 +26,33 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import accumulate_dtype, check_float, check_integer, check_shape
-from ._lora_ops import product
+from ._products import masked, product
 from .lora_linear import LoRAProjection, check_projection, check_projections, flatten_mask
 
 _MOST = 4
 
-# Steps that torch optimizers have made with each parameter, by id: some write to it without a trace in the version counter.
-# An id may outlive its parameter, but not one that a buffer holds, and there only a change of the number matters.
-_steps: Counter[int] = Counter()
+# The attribute of a buffer's A or B that counts the steps that torch optimizers have made with it: some write to a parameter
+# without a trace in its version counter.
+_STEPS = "_fastppo_kernels_steps"
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    _steps.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if hasattr(parameter, _STEPS):
+                setattr(parameter, _STEPS, getattr(parameter, _STEPS) + 1)
 
 
-register_optimizer_step_post_hook(_count_step)
+@cache
+def _watch_optimizers() -> None:
+    """Count from now on, once a process: without a buffer, no optimizer is any slower."""
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _steps(parameter: Tensor) -> int:
+    if not hasattr(parameter, _STEPS):
+        setattr(parameter, _STEPS, 0)
+    return getattr(parameter, _STEPS)
 
 
 class LoRAWeightBuffer:
@@ -159,13 +171,14 @@ class LoRAWeightBuffer:
         Entries that are not finite are copied as 0, and the adapter's `column_scale` becomes NaN instead: rows that use it see
         it, rows whose mask is 0 do not.
         """
+        _watch_optimizers()
         changed = False
         for i, projection in enumerate(self.projections):
             lora_A, lora_B, columns = projection.lora_A, projection.lora_B, self._columns[i]
             if lora_A is None or lora_B is None:
                 continue
             addresses, versions = (lora_A.data_ptr(), lora_B.data_ptr()), (lora_A._version, lora_B._version)
-            seen = (*addresses, *versions, _steps[id(lora_A)], _steps[id(lora_B)])
+            seen = (*addresses, *versions, _steps(lora_A), _steps(lora_B))
             if seen == self._seen[i] and not force:
                 continue
             self._seen[i], self._kept[i], changed = seen, (lora_A.detach(), lora_B.detach()), True
@@ -203,10 +216,9 @@ class LoRAWeightBuffer:
     def _scaled(self, s_ML: Tensor, mask: Tensor | None) -> Tensor:
         """column_scale * mask * S, from the sums of a product in the dtype of column_scale, so that S is rounded once."""
         scaled = s_ML * self.column_scale
-        if mask is not None:
-            factor = mask if mask.shape[1] == 1 else mask[:, self.column_group(mask.shape[1])]
-            scaled = torch.where(factor != 0, scaled * factor.to(scaled.dtype), 0.0)
-        return scaled
+        if mask is None:
+            return scaled
+        return masked(scaled, mask if mask.shape[1] == 1 else mask[:, self.column_group(mask.shape[1])])
 
     def fill_s(self, x_buffer: Tensor, mask: Tensor | None = None) -> None:
         """Write S to the borders of the activation buffer, from its X; where no producer has done so.

@@ -20,6 +20,7 @@ from ._checks import (
     check_shape,
 )
 from ._dispatch import Backend, use_triton
+from ._products import ROWS_WITH_S, masked, no_autocast, product
 
 # NormalFloat4: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E.
 NF4_CODE = (
@@ -30,8 +31,6 @@ NF4_CODE = (
 
 # Entries of a weight that are dequantised at a time: bounds the float32 values before they are rounded.
 _ENTRIES = 1 << 24
-# Up to so many rows the Triton kernel adds up S beside y; above, one product of its own makes it once for all programs.
-_ROWS_WITH_S = 64
 
 
 class NF4Weight(NamedTuple):
@@ -95,26 +94,10 @@ def _dequantise(packed: Tensor, absmax: Tensor, shape: tuple[int, int], blocksiz
     return weight.view(shape)
 
 
-def _no_autocast(like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, enabled=False)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, summed up in float32 and given in `dtype`: that of the factors, or float32 and then never rounded."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    wide = torch.promote_types(a.dtype, dtype)
-    return (a.to(wide) @ b.to(wide)).to(dtype)
-
-
 def _make_s(x_MK: Tensor, first_KR: Tensor, factor_MR: Tensor | None, scale: float) -> Tensor:
     """scale * factor * (x A^T), rounded once; 0 where the factor is, whatever the product is."""
-    s_MR = _product(x_MK, first_KR.to(x_MK.dtype), accumulate_dtype(x_MK.dtype)) * scale
-    if factor_MR is not None:
-        s_MR = torch.where(factor_MR == 0, 0.0, s_MR * factor_MR)
-    return s_MR.to(x_MK.dtype)
+    s_MR = product(x_MK, first_KR.to(x_MK.dtype), accumulate_dtype(x_MK.dtype)) * scale
+    return (s_MR if factor_MR is None else masked(s_MR, factor_MR)).to(x_MK.dtype)
 
 
 def _add(s_MR: Tensor, second_RN: Tensor) -> Tensor:
@@ -172,7 +155,7 @@ def _lora_gemm(
 ) -> tuple[Tensor, Tensor]:
     """(y, S); S is [M, 0] where it is given. `triton`: the kernel is wanted, and runs if the layout suits it."""
     whole = (shape[0], shape[1])
-    with _no_autocast(x_MK):
+    with no_autocast(x_MK.device):
         if triton:
             from . import _triton_lora_gemm as kernels
 
@@ -181,7 +164,7 @@ def _lora_gemm(
                 first_KR = None
                 if lora_A_RK is not None and lora_B_NR is not None and s_MR is None:
                     first_KR = lora_B_NR if transposed else lora_A_RK.t()
-                if first_KR is not None and x_MK.shape[0] > _ROWS_WITH_S:
+                if first_KR is not None and x_MK.shape[0] > ROWS_WITH_S:
                     made = _make_s(x_MK, first_KR, factor_MR, scale)
                 y, s = kernels.lora_gemm(
                     x_MK, weight, absmax, whole, blocksize, lora_A_RK, lora_B_NR, None if bias is None else bias.to(x_MK.dtype),
@@ -250,9 +233,9 @@ def _gradients(
     need_first = not ctx.given and ctx.needs_input_grad[place_first]
 
     def gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-        return _product(right.t(), left, dtype) if transposed else _product(left.t(), right, dtype)
+        return product(right.t(), left, dtype) if transposed else product(left.t(), right, dtype)
 
-    with _no_autocast(x_MK):
+    with no_autocast(x_MK.device):
         grad_s_MR: Tensor | None = None
         if ctx.needs_input_grad[0]:
             adapter = (None, None, None, None) if ctx.given else (lora_A_RK, lora_B_NR, None, factor_MR)
@@ -264,7 +247,7 @@ def _gradients(
         if ctx.needs_input_grad[place_second]:
             grads[place_second] = gradient(grad_MN, s_MR, second.dtype)
         if ctx.needs_input_grad[9]:
-            grads[9] = _product(grad_MN, (second.t() if transposed else second).to(grad_MN.dtype), s_MR.dtype)
+            grads[9] = product(grad_MN, (second.t() if transposed else second).to(grad_MN.dtype), s_MR.dtype)
         if ctx.needs_input_grad[1]:
             grads[1] = gradient(grad_MN, x_MK, weight.dtype)
         if ctx.needs_input_grad[7]:

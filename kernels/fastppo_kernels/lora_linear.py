@@ -46,7 +46,12 @@ def _compose(x_MK: Tensor, projection: LoRAProjection) -> Tensor:
     """The definition, differentiated by autograd; peft's arithmetic."""
     weight, lora_A, lora_B, scale, bias = projection
     y_MN = F.linear(x_MK, weight, bias)
-    return y_MN if lora_A is None or lora_B is None else y_MN + F.linear(F.linear(x_MK, lora_A), lora_B) * scale
+    if lora_A is None or lora_B is None:
+        return y_MN
+    added_MN = F.linear(F.linear(x_MK, lora_A), lora_B)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return y_MN + added_MN * scale
+    return y_MN.add_(added_MN.mul_(scale))
 
 
 class _LoRAGroup(torch.autograd.Function):
@@ -183,10 +188,19 @@ def lora_linear_group(
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     for i, projection in enumerate(projections):
         check_projection("" if len(projections) == 1 else f"projections[{i}].", projection, x, autocast)
-    ranks = [projection.lora_A.shape[0] for projection in projections if projection.lora_A is not None]
-    mask_MG = flatten_mask(adapter_mask, x, ranks)
+    mask_MG = None
+    if adapter_mask is not None:
+        ranks = [projection.lora_A.shape[0] for projection in projections if projection.lora_A is not None]
+        mask_MG = flatten_mask(adapter_mask, x, ranks)
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    return checked_group(x, projections, mask_MG, backend)
+
+
+def checked_group(
+    x: Tensor, projections: Sequence[LoRAProjection], mask_MG: Tensor | None, backend: Backend | None
+) -> tuple[Tensor, ...]:
+    """`lora_linear_group` of arguments that are checked, cast for autocast, with the mask as `flatten_mask` gives it."""
     leading = x.shape[:-1]
     x_MK = x.reshape(-1, x.shape[-1])
     scales = tuple(float(projection.scale) for projection in projections)

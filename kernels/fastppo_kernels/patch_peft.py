@@ -10,6 +10,7 @@ merged, disabled and added, modes change, hooks come and go.
 """
 
 import math
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ._checks import FLOAT_DTYPES
 from .lora_gemm import NF4Weight, lora_gemm
-from .lora_linear import lora_linear
+from .lora_linear import LoRAProjection, checked_group, lora_linear
 
 Masks = Tensor | Mapping[str, Tensor]
 
@@ -59,6 +60,10 @@ class _Patch:
         return {}  # a copy made inside `adapter_mask` is not under it
 
 
+# Attributes of a patched layer that are made anew where they are missing.
+_CACHES = ("_fastppo_plan", "_fastppo_nf4")
+
+
 class _FastLayer:
     """Comes before peft's layer class in the bases of a patched layer's class, see `_fast_class`."""
 
@@ -67,18 +72,25 @@ class _FastLayer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
+        if not torch.compiler.is_compiling():
+            plan = self.__dict__.get("_fastppo_plan")
+            if plan is not None and not args and not kwargs and self._fastppo_patch.masks is None and plan.holds(layer, x):
+                return checked_group(x, plan.projections, None, None)[0]
         masks = self._fastppo_patch.active()
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         if layer.merged or (names and not layer.disable_adapters):
             operands = _operands(layer, names, x, args, kwargs)
             if isinstance(operands, _Operands):
+                if not torch.compiler.is_compiling():
+                    vars(self)["_fastppo_plan"] = _Plan.of(layer, operands, names, x)
                 return _compute(operands, names, x, masks)
             if masks is not None:
                 raise ValueError(f"adapter_mask cannot switch adapters inside a layer that computes through peft: {operands}")
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = super().__reduce_ex__(2)[2]
+        whole: Any = super().__reduce_ex__(2)[2]
+        state = {name: value for name, value in whole.items() if name not in _CACHES}
         return _empty_layer, (self._peft_class,), state  # the class itself is made at run time: it cannot be looked up
 
 
@@ -136,8 +148,9 @@ def _is_conv1d(base: nn.Module) -> bool:
     return type(base).__name__ == "Conv1D" and type(base).__module__ == "transformers.pytorch_utils"
 
 
-def _base(base: nn.Module) -> _Base | str:
-    """What the fast form needs of a base layer, or why it cannot use it."""
+def _base(layer: Any) -> _Base | str:
+    """What the fast form needs of a layer's base, or why it cannot use it."""
+    base: Any = layer.base_layer
     weight: Any = base.weight
     bias: Any = base.bias
     if _is_plain(base, nn.Linear.forward):
@@ -145,7 +158,7 @@ def _base(base: nn.Module) -> _Base | str:
     elif _is_conv1d(base) and _is_plain(base, type(base).forward):
         transposed = True
     elif _is_4bit(base) and _is_plain(base, type(base).forward):
-        return _base_4bit(base, weight, bias)
+        return _base_4bit(layer, base, weight, bias)
     else:
         return f"base layer {type(base).__name__} (with hooks or a forward of its own)"
     if not _is_dense(weight):
@@ -157,7 +170,27 @@ def _is_4bit(base: nn.Module) -> bool:
     return type(base).__name__ == "Linear4bit" and type(base).__module__ == "bitsandbytes.nn.modules"
 
 
-def _base_4bit(base: Any, weight: Any, bias: Tensor | None) -> _Base | str:
+def _nf4(layer: Any, weight: Any) -> NF4Weight:
+    """The 4-bit weight, made once: dequantising the scales of a doubly quantised one takes several launches.
+
+    It is made again when the parameter, what it points at, or its quantisation state is another than before.
+    """
+    if torch.compiler.is_compiling():
+        return NF4Weight.from_bitsandbytes(weight)
+    state = weight.quant_state
+    inner = state.state2
+    scales = [state.absmax] if inner is None else [state.absmax, state.offset, inner, inner.absmax]
+    source = [weight, state, *scales]
+    versions = [weight.data_ptr(), *(part._version for part in scales if isinstance(part, Tensor) and not part.is_inference())]
+    kept = vars(layer).get("_fastppo_nf4")
+    if kept is not None and kept[1] == versions and all(map(operator.is_, kept[0], source)):
+        return kept[2]
+    made = NF4Weight.from_bitsandbytes(weight)
+    vars(layer)["_fastppo_nf4"] = source, versions, made
+    return made
+
+
+def _base_4bit(layer: Any, base: Any, weight: Any, bias: Tensor | None) -> _Base | str:
     state = getattr(weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
         return "4-bit weight in a layout of its own"
@@ -167,7 +200,7 @@ def _base_4bit(base: Any, weight: Any, bias: Tensor | None) -> _Base | str:
     dtype = base.compute_dtype or state.dtype
     if state.dtype not in (dtype, torch.float32):
         return f"4-bit weight of {state.dtype}, computed in {dtype}"
-    return _Base(NF4Weight.from_bitsandbytes(weight), bias, dtype)
+    return _Base(_nf4(layer, weight), bias, dtype)
 
 
 def _adapter(layer: Any, name: str, *, now: bool) -> _Adapter | str:
@@ -207,7 +240,7 @@ def _operands(layer: Any, names: list[str], x: Tensor, args: Any, kwargs: dict[s
         return "its adapters are merged"
     if args or any(value is not None for value in kwargs.values()):
         return f"it got {', '.join(kwargs) or 'more arguments than x'}"
-    base = _base(layer.base_layer)
+    base = _base(layer)
     if isinstance(base, str):
         return base
     adapters = []
@@ -226,6 +259,85 @@ def _operands(layer: Any, names: list[str], x: Tensor, args: Any, kwargs: dict[s
     if not layer.cast_input_dtype_enabled and any(adapter.lora_A.dtype != x.dtype for adapter in adapters):
         return "peft's casting of inputs is switched off"
     return _Operands(base, adapters)
+
+
+# Of peft's layers, where `_Plan` finds them without their properties.
+_LOOKED_AT = {"merged_adapters", "_disable_adapters", "_active_adapter", "scaling", "lora_variant", "cast_input_dtype_enabled"}
+
+
+class _Plan:
+    """What a layer with one adapter computes with, for as long as nothing that was looked at for it has changed.
+
+    Looking at a layer takes peft's properties and torch's `nn.Module.__getattr__` some 15 us, as much as a small layer's
+    products; looking whether it is as before takes 4.
+    """
+
+    def __init__(self, layer: Any, projection: LoRAProjection, name: str, x: Tensor) -> None:
+        self.name, self.active, self.scale = name, layer.active_adapter, layer.scaling[name]
+        modules = layer.base_layer, layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
+        self.modules = [(module, vars(module), type(module), type(module).forward) for module in modules]
+        self.base, self.dropout, self.down, self.up = modules
+        self.projections = (projection,)
+        self.weight, self.bias, self.width = self.base.weight, self.base.bias, projection.weight.shape[1]
+        self.dtypes = x.dtype, projection.lora_A.dtype, projection.lora_B.dtype  # type: ignore[union-attr]
+
+    @classmethod
+    def of(cls, layer: Any, operands: _Operands, names: list[str], x: Tensor) -> "_Plan | None":
+        """None for what is rare: several adapters, 4 bits, autocast, base layers other than `nn.Linear`."""
+        (weight, bias, _), adapters = operands
+        rare = len(adapters) != 1 or layer.active_adapters != names or isinstance(weight, NF4Weight)
+        if rare or weight is not layer.base_layer.weight or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not vars(layer).keys() >= _LOOKED_AT:
+            return None
+        lora_A, lora_B, scale = adapters[0]
+        return cls(layer, LoRAProjection(weight, lora_A, lora_B, scale, bias), names[0], x)
+
+    def holds(self, layer: Any, x: Tensor) -> bool:
+        """Whether the layer is as it was and computes `x` as it did, with shapes that `lora_linear` has seen."""
+        own, name = vars(layer), self.name
+        children = own["_modules"]
+        lora_A, lora_B = self.projections[0][1:3]
+        (_, base, *_), (_, dropout, *_), (_, down, *_), (_, up, *_) = self.modules
+        base, down, up = base["_parameters"], down["_parameters"], up["_parameters"]
+        if (
+            own["merged_adapters"]
+            or own["_disable_adapters"]
+            or own["_active_adapter"] != self.active
+            or own["scaling"].get(name) is not self.scale
+            or own["lora_variant"]
+            or not own["cast_input_dtype_enabled"]
+            or children["base_layer"] is not self.base
+            or vars(children["lora_dropout"])["_modules"].get(name) is not self.dropout
+            or vars(children["lora_A"])["_modules"].get(name) is not self.down
+            or vars(children["lora_B"])["_modules"].get(name) is not self.up
+            or base.get("weight") is not self.weight
+            or base.get("bias") is not self.bias
+            or down.get("weight") is not lora_A
+            or up.get("weight") is not lora_B
+            or down.get("bias") is not None
+            or up.get("bias") is not None
+            or (self.weight.dtype, lora_A.dtype, lora_B.dtype) != self.dtypes
+            or x.dtype is not self.dtypes[0]
+            or x.dim() == 0
+            or x.shape[-1] != self.width
+            or x.device != self.weight.device
+            or (dropout["training"] and dropout.get("p"))
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return False
+        for module, state, kind, forward in self.modules:
+            if (
+                type(module) is not kind
+                or kind.forward is not forward
+                or "forward" in state
+                or state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+            ):
+                return False
+        return True
 
 
 # -- the fast form -------------------------------------------------------------------------------------------------------
@@ -317,7 +429,7 @@ def _obstacle(layer: Any) -> str | None:
     if not isinstance(layer, _FastLayer):
         return f"layer {type(layer).__name__}"
     found: Any = layer
-    parts = [_base(found.base_layer), *(_adapter(found, name, now=False) for name in found.lora_A)]
+    parts = [_base(found), *(_adapter(found, name, now=False) for name in found.lora_A)]
     return next((part for part in parts if isinstance(part, str)), None)
 
 
@@ -379,6 +491,8 @@ def unpatch_peft(model: Any) -> Any:
     for layer in patched:
         layer.__class__ = layer._peft_class
         del layer._fastppo_patch
+        for name in _CACHES:
+            vars(layer).pop(name, None)
     return model
 
 

@@ -20,7 +20,6 @@ from ._checks import (
     accumulate_dtype,
     check_device,
     check_float,
-    check_mask,
     check_mask_argument,
     check_number,
     check_shape,
@@ -140,8 +139,9 @@ def _loss(
     denominator = denominator.detach() if isinstance(denominator, Tensor) else denominator
     if use_triton(like, backend) and all(tensor.dtype != torch.float64 for tensor in differentiable):
         return _triton_form(policy, value, value_coef, mask, denominator)
-    mask = check_mask(mask, "logprob", like)
-    count = mask.sum().clamp(min=1) if denominator is None else denominator
+    if mask is not None:
+        mask = mask != 0
+    count = _number(like, mask).clamp(min=1) if denominator is None else denominator
     if policy is None:
         assert value is not None
         return _torch_value(value, mask, count)
@@ -194,24 +194,33 @@ def _or_inf(number: float | None) -> float:
     return math.inf if number is None else float(number)
 
 
-def _token(tensor: Tensor, dtype: torch.dtype, mask: Tensor) -> Tensor:
-    """One per-token input in `dtype`, 0 where masked.
+def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values, 0 where masked.
 
     `where` rather than a product: a masked position may hold NaN or inf, and neither its value nor its gradient may
     leak.
     """
-    return torch.where(mask, tensor.to(dtype), 0.0)
+    return values if mask is None else torch.where(mask, values, 0)
 
 
-def _sum(values: Tensor, mask: Tensor) -> Tensor:
+def _token(tensor: Tensor, dtype: torch.dtype, mask: Tensor | None) -> Tensor:
+    """One per-token input in `dtype`, 0 where masked."""
+    return _counted(tensor.to(dtype), mask)
+
+
+def _sum(values: Tensor, mask: Tensor | None) -> Tensor:
     # float64: sums of squares of a whole batch are compared with each other (explained variance).
-    return torch.where(mask, values.detach(), 0).sum(dtype=torch.float64)
+    return _counted(values.detach(), mask).sum(dtype=torch.float64)
 
 
-def _mean(per_token: Tensor, mask: Tensor, count: float | Tensor) -> Tensor:
+def _number(like: Tensor, mask: Tensor | None) -> Tensor:
+    return like.new_tensor(like.numel(), dtype=torch.float64) if mask is None else mask.sum(dtype=torch.float64)
+
+
+def _mean(per_token: Tensor, mask: Tensor | None, count: float | Tensor) -> Tensor:
     """Sum over the mask / count, in the dtype of `per_token` whatever that of a count in a tensor."""
     count = count.double() if isinstance(count, Tensor) else count
-    return (torch.where(mask, per_token, 0.0).sum() / count).to(per_token.dtype)
+    return (_counted(per_token, mask).sum() / count).to(per_token.dtype)
 
 
 def ppo_policy_loss(
@@ -268,7 +277,7 @@ def ppo_policy_loss(
     return _loss(policy, None, 1.0, mask, denominator, backend)
 
 
-def _torch_policy(policy: _Policy, mask: Tensor, count: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _torch_policy(policy: _Policy, mask: Tensor | None, count: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     dtype, settings = accumulate_dtype(policy.logprob.dtype), policy.settings
     new = _token(policy.logprob, dtype, mask)
     old = _token(policy.old_logprob, dtype, mask).detach()
@@ -285,9 +294,9 @@ def _torch_policy(policy: _Policy, mask: Tensor, count: float | Tensor) -> tuple
         was_clipped = was_clipped | ((advantage < 0) & (surrogate > bound))
         surrogate = torch.where(advantage < 0, torch.minimum(surrogate, bound), surrogate)
     metrics = {
-        "count": mask.sum(dtype=torch.float64),
+        "count": _number(new, mask),
         "ratio_sum": _sum(ratio, mask),
-        "ratio_max": (torch.where(mask, ratio.detach(), 0).max() if ratio.numel() else ratio.new_zeros(())).double(),
+        "ratio_max": (_counted(ratio.detach(), mask).max() if ratio.numel() else ratio.new_zeros(())).double(),
         "clip_fraction_sum": _sum(was_clipped, mask),
         "approx_kl_sum": _sum(torch.expm1(log_ratio.detach()) - log_ratio.detach(), mask),
         "policy_loss_sum": _sum(surrogate, mask),
@@ -353,12 +362,12 @@ def ppo_value_loss(
     return _loss(None, value, 1.0, mask, denominator, backend)
 
 
-def _torch_value(inputs: _Value, mask: Tensor, count: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _torch_value(inputs: _Value, mask: Tensor | None, count: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     dtype, clip, huber_delta = accumulate_dtype(inputs.values.dtype), inputs.clip, inputs.huber_delta
     value = _token(inputs.values, dtype, mask)
     target = _token(inputs.returns, dtype, mask).detach()
     per_token = _penalty(value - target, huber_delta)
-    was_clipped = torch.zeros_like(mask)
+    was_clipped = torch.zeros_like(value, dtype=torch.bool)
     if clip is not None:
         assert inputs.old_values is not None
         old = _token(inputs.old_values, dtype, mask).detach()
@@ -367,7 +376,7 @@ def _torch_value(inputs: _Value, mask: Tensor, count: float | Tensor) -> tuple[T
         per_token = torch.maximum(per_token, clipped)
     error = target - value
     metrics = {
-        "value_count": mask.sum(dtype=torch.float64),
+        "value_count": _number(value, mask),
         "value_loss_sum": _sum(per_token, mask),
         "value_clip_fraction_sum": _sum(was_clipped, mask),
         "value_error_sum": _sum(error, mask),

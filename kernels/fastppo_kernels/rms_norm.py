@@ -135,9 +135,10 @@ def _rms_norm_lora(
     rstd_M: Tensor,
 ) -> None:
     from . import _triton_norm as kernels
+    from . import _triton_producer
 
     rank, columns = stacked_RK.shape
-    tile = kernels.producer_tile(kernels.PRODUCER_TILES, rank, x_MK, weight_K[None], stacked_RK, out)
+    tile = _triton_producer.producer_tile(_triton_producer.PRODUCER_TILES, rank, x_MK, weight_K[None], stacked_RK, out)
     if tile is not None:
         kernels.forward_lora(x_MK, weight_K, eps, offset, stacked_RK, left, scale_R, mask_MG, group_R, out, rstd_M, tile)
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _rows
 from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
 from ._dispatch import Backend, use_triton
+from ._eager import eager_or
 from ._head_ops import _chunks, _Head
 from ._philox import philox_4x32_10
 from ._rows import Transform, normalise_, shift_
@@ -22,24 +23,27 @@ _WORD = 0xFFFFFFFF
 _BLOCK_WORDS_CPU, _BLOCK_WORDS = 1 << 17, 1 << 24
 
 
-def _uniform(vocab: int, seed: int, sequence_ids_B: Tensor, step_B: Tensor) -> Tensor:
-    """Uniform in (0, 1), float32 [B, V]: entry v is word v % 4 of counter (v // 4, step, id low, id high), key seed."""
+def _minus_uniform(vocab: int, seed: int, sequence_ids_B: Tensor, step_B: Tensor) -> Tensor:
+    """Uniform in (-1, 0), float32 [B, V]: entry v is word v % 4 of counter (v // 4, step, id low, id high), key seed."""
     block_V = torch.arange((vocab + 3) // 4, device=step_B.device)[None, :]
     counter = (block_V, step_B[:, None], sequence_ids_B[:, None] & _WORD, (sequence_ids_B[:, None] >> 32) & _WORD)
     words = philox_4x32_10(counter, (seed & _WORD, seed >> 32))
-    word_BV = torch.stack(words, dim=-1).flatten(1)[:, :vocab]
+    word_BV = torch.stack([word.float() for word in words], dim=-1).flatten(1)[:, :vocab]
     # (word + 1/2) / 2^32: near 0, where it decides, all 32 bits count; near 1 float32 would round up, hence the bound.
-    return word_BV.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return word_BV.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
 
 
-def _gumbel(vocab: int, seed: int, sequence_ids_B: Tensor, step_B: Tensor) -> Tensor:
-    """Gumbel noise -log(-log(1 - u)), float32 [B, V]: 1 - u, as the large values then come from the fine end of u."""
+def _minus_gumbel(vocab: int, seed: int, sequence_ids_B: Tensor, step_B: Tensor) -> Tensor:
+    """Gumbel noise with its sign turned, log(-log(1 - u)), float32 [B, V]: 1 - u, as the large values then come from the fine
+    end of u."""
+    rows = max(1, (_BLOCK_WORDS_CPU if step_B.device.type == "cpu" else _BLOCK_WORDS) // vocab)
+    blocks = [slice(start, start + rows) for start in range(0, len(step_B), rows)]
+    if len(blocks) == 1:
+        return _minus_uniform(vocab, seed, sequence_ids_B, step_B).log1p_().neg_().log_()
     noise_BV = torch.empty(len(step_B), vocab, device=step_B.device)
-    rows = max(1, (_BLOCK_WORDS_CPU if noise_BV.device.type == "cpu" else _BLOCK_WORDS) // vocab)
-    for start in range(0, len(step_B), rows):
-        block = slice(start, start + rows)
-        u_BV = _uniform(vocab, seed, sequence_ids_B[block], step_B[block])
-        noise_BV[block] = u_BV.neg_().log1p_().neg_().log_().neg_()
+    for block in blocks:
+        u_BV = _minus_uniform(vocab, seed, sequence_ids_B[block], step_B[block])
+        torch.log(u_BV.log1p_().neg_(), out=noise_BV[block])
     return noise_BV
 
 
@@ -66,16 +70,14 @@ def _draw_(
         token_B = z_BV.argmax(-1)
     else:
         z_BV = shift_(logits_BV, temperature, None)
-        noise_BV = _gumbel(z_BV.shape[1], seed, sequence_ids_B.long(), step_B.long() & _WORD)
-        token_B = noise_BV.add(_restrict(z_BV, top_k, top_p)).argmax(-1)
+        noise_BV = _minus_gumbel(z_BV.shape[1], seed, sequence_ids_B.long(), step_B.long() & _WORD)
+        token_B = torch.sub(_restrict(z_BV, top_k, top_p), noise_BV).argmax(-1)
     z_token_B = z_BV.gather(1, token_B[:, None]).squeeze(1)
     log_sum_B, _ = normalise_(z_BV)
     logprob_B = z_token_B - log_sum_B
     return torch.where(logprob_B.isnan(), 0, token_B), logprob_B
 
 
-# Operators: torch.compile would unroll the blocks of noise and the chunks, whose number changes with that of the rows.
-@torch.library.custom_op("fastppo_kernels::sample", mutates_args=())
 def _sample(
     logits_BV: Tensor,
     sequence_ids_B: Tensor,
@@ -102,12 +104,18 @@ def _outputs(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return like.new_empty(batch, dtype=torch.int64), like.new_empty(batch, dtype=accumulate_dtype(dtype))
 
 
-@_sample.register_fake
+# Operators: torch.compile would unroll the blocks of noise and the chunks, whose number changes with that of the rows.
+_sample_op = torch.library.custom_op("fastppo_kernels::sample", mutates_args=())(_sample)
+
+
+@_sample_op.register_fake
 def _(logits_BV: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(logits_BV, logits_BV.dtype)
 
 
-@torch.library.custom_op("fastppo_kernels::linear_sample", mutates_args=())
+_call_sample = eager_or(_sample_op, _sample)
+
+
 def _linear_sample(
     hidden_BH: Tensor,
     weight_VH: Tensor,
@@ -145,9 +153,15 @@ def _linear_sample(
     return token_B, logprob_B
 
 
-@_linear_sample.register_fake
+_linear_sample_op = torch.library.custom_op("fastppo_kernels::linear_sample", mutates_args=())(_linear_sample)
+
+
+@_linear_sample_op.register_fake
 def _(hidden_BH: Tensor, weight_VH: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(hidden_BH, weight_VH.dtype)
+
+
+_call_linear_sample = eager_or(_linear_sample_op, _linear_sample)
 
 
 def _check_draw(
@@ -223,7 +237,7 @@ def sample(
     vocab = logits_BV.shape[1]
     draw = _check_draw("logits", logits_BV, vocab, temperature, top_k, top_p, seed, sequence_ids_B, step_B)
     triton = use_triton(logits_BV, backend) and logits_BV.dtype != torch.float64
-    return _sample(logits_BV.detach(), *draw, triton)
+    return _call_sample(logits_BV.detach(), *draw, triton)
 
 
 @torch.no_grad()
@@ -243,7 +257,7 @@ def linear_sample(
     seed: int,
     sequence_ids_B: Tensor,
     step_B: Tensor,
-    chunk_rows: int = 1024,
+    chunk_rows: int | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -276,7 +290,7 @@ def linear_sample(
     )  # fmt: skip
     vocab = weight_VH.shape[0]
     draw = _check_draw("hidden", hidden_BH, vocab, temperature, top_k, top_p, seed, sequence_ids_B, step_B)
-    return _linear_sample(
-        *head[:5], head.lora_scale, head.softcap, head.logit_scale, chunk_rows, head.logits_dtype, *draw,
+    return _call_linear_sample(
+        *head[:5], head.lora_scale, head.softcap, head.logit_scale, head.chunk_rows, head.logits_dtype, *draw,
         head.use_triton(backend),
     )  # fmt: skip

@@ -12,10 +12,10 @@ from ._producer import (
     check_columns,
     check_out,
     lora_columns,
-    product,
     refuse_gradients,
     rows_of,
     store_activation_columns,
+    wide_product,
 )
 from .rms_norm import check_stacked, column_arguments
 
@@ -119,11 +119,11 @@ def _swiglu_lora(
     group_R: Tensor | None,
     out: Tensor,
 ) -> None:
-    from . import _triton_norm
+    from . import _triton_producer
     from . import _triton_swiglu as kernels
 
     rank, columns = stacked_RN.shape
-    tile = _triton_norm.producer_tile(kernels.PRODUCER_TILES, rank, gate_MN, up_MN, stacked_RN, out)
+    tile = _triton_producer.producer_tile(_triton_producer.PRODUCER_TILES, rank, gate_MN, up_MN, stacked_RN, out)
     if tile is not None:
         kernels.forward_lora(gate_MN, up_MN, stacked_RN, left, scale_R, mask_MG, group_R, out, tile)
     else:
@@ -194,7 +194,7 @@ def _store_gradient_columns(
 ) -> None:
     """The dS columns of a gradient buffer from its dG and dU columns, by two skinny GEMMs."""
     columns = lora_gate_NR.shape[0]
-    products = [product(out[:, :columns], lora_gate_NR), product(out[:, columns : 2 * columns], lora_up_NR)]
+    products = [wide_product(out[:, :columns], lora_gate_NR), wide_product(out[:, columns : 2 * columns], lora_up_NR)]
     out[:, 2 * columns :] = lora_columns(torch.cat(products, 1), scale_R, mask_MG, group_R, out.dtype)
 
 
@@ -210,13 +210,13 @@ def _swiglu_backward_lora(
     group_R: Tensor | None,
     out: Tensor,
 ) -> None:
-    from . import _triton_norm
+    from . import _triton_producer
     from . import _triton_swiglu as kernels
 
     columns = gate_MN.shape[1]
     rank = max(lora_gate_NR.shape[1], lora_up_NR.shape[1])
     matrices = gate_MN, up_MN, grad_h_MN, lora_gate_NR, lora_up_NR, out
-    tile = _triton_norm.producer_tile(kernels.GRADIENT_TILES, rank, *matrices)
+    tile = _triton_producer.producer_tile(kernels.GRADIENT_TILES, rank, *matrices)
     if tile is not None:
         kernels.backward_lora(grad_h_MN, gate_MN, up_MN, lora_gate_NR, lora_up_NR, scale_R, mask_MG, group_R, out, tile)
     else:

@@ -32,7 +32,7 @@ def _of_rows(
     inplace = inplace and logits_RV.stride(0) >= logits_RV.shape[1]
     triton = use_triton(logits, backend) and logits.dtype != torch.float64
     cap = None if softcap is None else float(softcap)
-    outputs = _head_ops.token_logprob(logits_RV, targets_RJ.long().contiguous(), float(temperature), cap, inplace, triton)
+    outputs = _head_ops.call_token_logprob(logits_RV, targets_RJ.long().contiguous(), float(temperature), cap, inplace, triton)
     # Copies: backward needs the op's own, and callers write into what they get (TRL's DPO zeroes masked tokens in place).
     return outputs[0].clone(), outputs[3].clone()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import gpu
+from bench.gpu_checks import run as checks
 from bench.gpu_checks import worker
 from bench.gpu_checks.case import Case
 from bench.gpu_checks.checks import CHECKS, Outcome, Sanitizer
@@ -88,13 +89,13 @@ def test_a_second_run_goes_on_and_other_sources_begin_anew(tmp_path, capsys, mon
     for name in worker.ON_CPU:
         monkeypatch.setitem(CHECKS, name, error if name == "error" else lambda case, device, *, small: Outcome(True, "", {}))
     cpu = torch.device("cpu")
-    assert gpu.check(cases, cpu, out, 0.0) == (1, 2)  # the first, and the time is up
+    assert checks.check(cases, cpu, out, 0.0) == (1, 2)  # the first, and the time is up
     assert "1 failed, 2 left" in capsys.readouterr().out and not json.loads(out.read_text())["complete"]
-    assert gpu.check(cases, cpu, out, 1.0) == (1, 0) and ran == ["a", "b", "c"]
+    assert checks.check(cases, cpu, out, 1.0) == (1, 0) and ran == ["a", "b", "c"]
     assert json.loads(out.read_text())["complete"]
-    assert gpu.check(cases, cpu, out, 0.0) == (1, 2) and ran == ["a", "b", "c", "a"]  # of a complete one, from the start
-    monkeypatch.setattr(gpu, "_sources", lambda: "others")
-    assert gpu.check(cases, cpu, out, 0.0) == (1, 2) and ran == ["a", "b", "c", "a", "a"]
+    assert checks.check(cases, cpu, out, 0.0) == (1, 2) and ran == ["a", "b", "c", "a"]  # of a complete one, from the start
+    monkeypatch.setattr(checks, "sources", lambda *folders: "others")
+    assert checks.check(cases, cpu, out, 0.0) == (1, 2) and ran == ["a", "b", "c", "a", "a"]
 
 
 def test_the_exit_status_says_that_cases_are_left(tmp_path):

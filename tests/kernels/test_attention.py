@@ -298,7 +298,7 @@ def test_operator_for_the_compiler():
     tree = layout.cu_q, layout.cu_k, layout.kv_index, layout.root, layout.past
     for options in ((0.4, None, None), (0.4, 3, 2.0)):
         got = _attention_torch.tree_attention_op(*tensors, *tree, *options)
-        wanted = tree_attention(*tensors, layout, scale=0.4, window=options[1], softcap=options[2])
+        wanted = tree_attention(*tensors, layout, scale=0.4, window=options[1], softcap=options[2], backend="torch")
         assert torch.equal(got, wanted)
         grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, wanted)]
         for a, b in zip(*grads, strict=True):

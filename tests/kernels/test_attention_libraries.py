@@ -176,6 +176,23 @@ def test_the_same_gradients_in_every_run_and_torchs_switch_as_before(any_name):
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
+@pytest.mark.parametrize(("enabled", "warn_only"), [(False, False), (True, True), (True, False)])
+def test_the_switch_for_determinism_leaves_inductor_alone(enabled, warn_only):
+    from torch._inductor import config
+
+    torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
+    before = config.save_config_portable()
+    try:
+        with pytest.raises(ZeroDivisionError), varlen.deterministic():
+            assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert config.save_config_portable() == before
+            raise ZeroDivisionError
+        assert torch.are_deterministic_algorithms_enabled() == enabled
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch._C._set_deterministic_algorithms(False, warn_only=False)
+
+
 def test_the_plain_call_is_that_with_a_layout(any_name):
     layout = make_layout(random.Random(9), root=4, segments=8, longest=5, past=2)
     tensors = inputs(layout, dim=8, dtype=torch.float32)
@@ -195,10 +212,12 @@ def test_bounds_are_those_of_the_tree():
     assert TreeLayout(layout.cu_q, layout.cu_k, layout.kv_index, max_q=8, max_k=9).bounds == (8, 9)
 
 
-def test_lengths_for_xformers_are_looked_up_once_a_tree(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_for_xformers_are_looked_up_once_a_tree(monkeypatch, dtype):
     libraries.install(monkeypatch, "xformers")
     monkeypatch.setattr(libraries.CausalFromBottomRight, "made", 0)
     trees = [make_layout(random.Random(i), root=2, segments=4, longest=3) for i in range(2)]
+    trees = [TreeLayout(tree.cu_q.to(dtype), tree.cu_k.to(dtype), tree.kv_index, tree.root, tree.past) for tree in trees]
     for layout in trees:
         tensors = inputs(layout, dtype=torch.float32)
         for _ in range(3):
@@ -249,7 +268,6 @@ def test_looking_for_libraries_does_not_break_the_graph(monkeypatch):
     monkeypatch.setattr(varlen.Library, "device_types", ("cpu",))
     torch._dynamo.reset()
 
-
     def run(q):
         return q + len(module._refusal("flash-attn", q, q, None, None))
 
@@ -292,7 +310,7 @@ def test_what_a_library_cannot_do(monkeypatch):
 
 
 def test_the_choice(monkeypatch):
-    """On CUDA the first that can; on the CPU torch."""
+    """On CUDA the first that can; on the CPU torch's kernel for it, or plain torch."""
     monkeypatch.setattr(module, "_missing", lambda name: "")
     choose = lambda x, window=None, softcap=None: module._choose(x, x, window, softcap, None)  # noqa: E731
 
@@ -301,7 +319,8 @@ def test_the_choice(monkeypatch):
             self.dtype, self.shape, self.device, self.is_cuda = dtype, (3, 2, dim), torch.device("cuda"), True
 
     half, single, double = (OnCuda(dtype, 64) for dtype in (torch.bfloat16, torch.float32, torch.float64))
-    assert choose(torch.zeros(3, 2, 8)) == "torch"
+    assert choose(torch.zeros(3, 2, 8)) == "cpu"
+    assert choose(torch.zeros(3, 2, 8), window=3) == choose(torch.zeros(3, 2, 8), softcap=3.0) == "torch"
     assert choose(half) == "flash-attn" and choose(single) == "xformers"
     assert choose(single, window=3) == "sdpa" and choose(single, softcap=3.0) == "torch"
     assert choose(OnCuda(torch.float16, 512)) == "xformers" and choose(double) == "torch"
@@ -326,8 +345,8 @@ def test_the_environment_variable(monkeypatch):
 def test_what_is_usable_here(monkeypatch):
     monkeypatch.setattr(module, "_found", {})
     found = attention_backends()
-    assert list(found) == ["flash-attn", "varlen", "xformers", "sdpa", "torch"]
-    assert found["torch"] == found["sdpa"] == "usable"
+    assert list(found) == ["flash-attn", "varlen", "xformers", "sdpa", "cpu", "torch"]
+    assert found["torch"] == found["cpu"] == found["sdpa"] == "usable"
     if not torch.cuda.is_available():
         assert found["varlen"] == "needs a CUDA GPU"
 

@@ -107,8 +107,8 @@ def test_only_the_gradients_that_are_needed_are_made(backend, monkeypatch):
     from fastppo_kernels import _head_ops
 
     made = []
-    product = _head_ops._product
-    monkeypatch.setattr(_head_ops, "_product", lambda a, b, dtype: made.append((len(a), b.shape[1])) or product(a, b, dtype))
+    product = _head_ops.product
+    monkeypatch.setattr(_head_ops, "product", lambda a, b, dtype: made.append((len(a), b.shape[1])) or product(a, b, dtype))
     hidden, weight, _ = make_head(6, 20, 5, torch.float32, torch.float32)
     adapter = [torch.randn(shape, device=DEVICE) for shape in ((2, 5), (20, 2))]
     targets, old = torch.randint(20, (6,), device=DEVICE), torch.zeros(6, device=DEVICE)

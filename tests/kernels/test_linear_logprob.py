@@ -1,5 +1,7 @@
 """linear_logprob against the plain head in float64, its memory, its sharing of rows, and its gradients."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastppo_kernels import linear_logprob, token_logprob
+from fastppo_kernels import _head_ops, linear_logprob, token_logprob
+
+# The package exports the function under the module's name.
+module = importlib.import_module("fastppo_kernels.linear_logprob")
 
 
 def reference(hidden, weight, targets, *, rows=None, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
@@ -124,6 +129,36 @@ def test_chunking_changes_nothing_beyond_rounding(chunk_rows):
     ours = linear_logprob(hidden, weight, targets, chunk_rows=chunk_rows)
     for value, truth in zip(ours, one_by_one, strict=True):
         torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "rows"),
+    [
+        (1, torch.float32, 1024),
+        (131_072, torch.float32, 1024),
+        (152_064, torch.float32, 768),
+        (152_064, torch.bfloat16, 1024),
+        (256_000, torch.float32, 512),
+        (256_000, torch.float16, 1024),
+        (152_064, torch.float64, 384),
+        (10_000_000, torch.float32, 128),
+    ],
+)
+def test_the_chunk_that_is_chosen_is_bounded_in_rows_and_bytes(vocab, dtype, rows):
+    assert module.chosen_chunk_rows(vocab, dtype) == rows
+    assert rows == 128 or rows * vocab * dtype.itemsize <= 512 << 20
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_without_a_number_of_rows_the_chunk_is_chosen_for_the_logits_dtype(monkeypatch, logits_dtype):
+    hidden, weight = torch.randn(700, 4).bfloat16().requires_grad_(), torch.randn(9, 4).bfloat16()
+    targets = torch.randint(9, (700,))
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 300 * 9 * 2)
+    seen, logits = [], _head_ops._Head.logits
+    monkeypatch.setattr(_head_ops._Head, "logits", lambda head, rows: seen.append(len(rows)) or logits(head, rows))
+    linear_logprob(hidden, weight, targets, logits_dtype=logits_dtype)[0].sum().backward()
+    expected = [256, 256, 188] if logits_dtype is None else 5 * [128] + [60]
+    assert seen == 2 * expected
 
 
 def test_equals_token_logprob_of_the_same_logits_to_the_bit():

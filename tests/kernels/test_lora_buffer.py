@@ -1,5 +1,8 @@
 """LoRAWeightBuffer against lora_linear_group and float64: outputs, gradients, corners of NaN, refreshed adapters."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -234,6 +237,27 @@ def test_an_optimizer_of_other_parameters_changes_nothing():
     torch.optim.SGD([{"params": list(critic.parameters())}, {"params": [projections[2].lora_B]}], lr=0.1).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (first + buffer(x)[0].sum()).backward()
+
+
+def test_optimizers_are_watched_for_buffers_alone():
+    """In a process of its own: nothing is registered before the first buffer, and only its parameters are counted."""
+    code = """
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+from fastppo_kernels.lora_buffer import LoRAWeightBuffer
+from fastppo_kernels import LoRAProjection
+assert not hooks
+lora_A, lora_B, other = (torch.nn.Parameter(torch.ones(size)) for size in ((2, 4), (3, 2), (5,)))
+buffers = [LoRAWeightBuffer([LoRAProjection(torch.ones(3, 4), lora_A, lora_B)]) for _ in range(2)]
+assert len(hooks) == 1
+before = len(vars(other))
+for parameter in (lora_A, lora_B, other):
+    parameter.grad = torch.ones_like(parameter)
+torch.optim.SGD([lora_A, lora_B, other], lr=0.1).step()
+assert all(buffer.refresh() and not buffer.refresh() for buffer in buffers)
+assert len(vars(other)) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_masks_of_one_dimension_in_the_parts():

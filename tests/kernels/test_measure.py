@@ -96,9 +96,10 @@ def test_a_damaged_file_is_measured_again_with_one_warning(tmp_path, text):
     assert choices(tmp_path) == {"x": "a", "y": "a"}
 
 
-def test_choices_of_another_version_are_not_used(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["torch.__version__", "fastppo_kernels.__version__"])
+def test_choices_of_another_version_are_not_used(tmp_path, monkeypatch, where):
     Chooser(tmp_path, Timer(a=2.0, b=1.0)).choose("x", candidates("a", "b"), CPU)
-    monkeypatch.setattr(_measure, "_software", lambda: "torch 99")
+    monkeypatch.setattr(where, "99")
     assert Chooser(tmp_path, Timer(a=1.0, b=2.0)).choose("x", candidates("a", "b"), CPU) == "a"
 
 

@@ -2,6 +2,10 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+import fastppo_kernels
 
 
 def test_importing_it_needs_torch_alone():
@@ -11,3 +15,8 @@ def test_importing_it_needs_torch_alone():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert set(out.split()) <= {"fastppo_kernels", "torch"}
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert fastppo_kernels.__version__ == project["version"]

@@ -39,15 +39,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What `lora_linear` was called with: the proof that the fast form ran."""
+    """What `lora_linear`, or its form for arguments seen before, was called with: the proof that the fast form ran."""
     seen = []
 
     def counting(x, weight, *args, **kwargs):
         seen.append(tuple(weight.shape))
         return lora_linear(x, weight, *args, **kwargs)
 
-    lora_linear = patching.lora_linear
+    def counting_group(x, projections, *args):
+        seen.append(tuple(projections[0].weight.shape))
+        return checked_group(x, projections, *args)
+
+    lora_linear, checked_group = patching.lora_linear, patching.checked_group
     monkeypatch.setattr(patching, "lora_linear", counting)
+    monkeypatch.setattr(patching, "checked_group", counting_group)
     return seen
 
 
@@ -152,6 +157,29 @@ def test_nf4_base(autocast, twice, monkeypatch):
     assert error(found[0], reference[0]) <= 1.2 * error(own[0], reference[0]) + 1e-6
     for name in own[1]:
         assert error(found[1][name], reference[1][name]) <= 1.2 * error(yardstick[1][name], reference[1][name]) + 1e-4
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_an_nf4_weight_is_made_once_and_again_when_it_changes(twice, monkeypatch):
+    model, x = toy_4bit(compress_statistics=twice)
+    other, _ = toy_4bit(compress_statistics=twice)
+    made, make = [], NF4Weight.from_bitsandbytes
+    monkeypatch.setattr(NF4Weight, "from_bitsandbytes", lambda weight: made.append(1) or make(weight))
+    fast = patched(model)
+    made.clear()
+    first = [fast(x) for _ in range(3)]
+    assert len(made) == 0  # patch_peft has made it
+    layer = layers_of(fast)[0]
+    state = layer.base_layer.weight.quant_state
+    state.absmax = state.absmax.clone()
+    assert torch.equal(fast(x), first[0]) and len(made) == 1
+    (state.state2 if twice else state).absmax.mul_(2)
+    changed = fast(x)
+    assert len(made) == 2 and not torch.allclose(changed, first[0])
+    layer.base_layer.weight = layers_of(other)[0].base_layer.weight
+    assert torch.equal(fast(x), first[0]) and len(made) == 3
+    for each in (copy.deepcopy(fast), unpatch_peft(fast)):
+        assert "_fastppo_nf4" not in vars(layers_of(each)[0])
 
 
 def test_an_adapter_wider_than_its_nf4_base_is_pefts():
@@ -317,6 +345,61 @@ def test_transformers_own_adapters(calls):
     wanted = run(model, ids)
     assert_same(run(patch_peft(model), ids), wanted)
     assert len(calls) == 4
+
+
+def _new_parameter(module):
+    module.weight = nn.Parameter(module.weight.detach() * 2)
+
+
+CHANGES = {
+    "base hook": lambda layer: layer.base_layer.register_forward_hook(lambda module, args, output: output + 1),
+    "base pre-hook": lambda layer: layer.base_layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "A hook": lambda layer: layer.lora_A["default"].register_forward_hook(lambda module, args, output: output * 2),
+    "dropout hook": lambda layer: layer.lora_dropout["default"].register_forward_hook(lambda module, args, output: output * 2),
+    "backward hook": lambda layer: layer.base_layer.register_full_backward_hook(lambda module, grads, _: (grads[0] * 2,)),
+    "forward": lambda layer: setattr(layer.base_layer, "forward", lambda x: x.new_ones(*x.shape[:-1], 24)),
+    "base weight": lambda layer: _new_parameter(layer.base_layer),
+    "A": lambda layer: _new_parameter(layer.lora_A["default"]),
+    "B": lambda layer: _new_parameter(layer.lora_B["default"]),
+    "B in place": lambda layer: layer.lora_B["default"].weight.data.mul_(2),
+    "bias": lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(24))),
+    "base layer": lambda layer: setattr(layer, "base_layer", nn.Linear(40, 24, bias=False).requires_grad_(False)),
+    "scale": lambda layer: layer.set_scale("default", 3.0),
+    "dropout": lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}),
+    "disabled": lambda layer: layer.enable_adapters(False),
+    "merged": lambda layer: layer.merge(),
+    "bias of B": lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(24))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_was_called_notices_changes(change):
+    model, x = toy()
+    fast = patched(model)
+    for each in (model, fast):
+        before = run(each, x)[0]
+        torch.manual_seed(5)
+        CHANGES[change](each.base_model.model.down)
+    found = []
+    for each in (model, fast):
+        torch.manual_seed(6)
+        found.append(run(each, x))
+    assert_same(found[1], found[0])
+    if change != "merged" and change != "backward hook":
+        assert not torch.allclose(found[1][0], before)
+
+
+def test_a_layer_that_was_called_looks_at_its_input_again(calls):
+    model, x = toy()
+    fast = patched(model)
+    fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0.05)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        fast.base_model.model.down(x)
+    with pytest.raises(ValueError, match="must have shape"):
+        fast.base_model.model.down(torch.tensor(1.0))
+    torch.testing.assert_close(fast.double()(x.double()), model.double()(x.double()))
 
 
 # -- what stays with peft ------------------------------------------------------------------------------------------------

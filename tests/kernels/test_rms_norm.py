@@ -139,9 +139,9 @@ def test_wrong_arguments(change, message):
 
 
 def force_tile(monkeypatch, tile: tuple[int, int] | None) -> None:
-    from fastppo_kernels import _triton_norm
+    from fastppo_kernels import _triton_producer
 
-    monkeypatch.setattr(_triton_norm, "producer_tile", lambda tiles, *_: tile if tile in tiles else None)
+    monkeypatch.setattr(_triton_producer, "producer_tile", lambda tiles, *_: tile if tile in tiles else None)
 
 
 def tiles() -> list[tuple[int, int] | None]:
@@ -203,14 +203,14 @@ def test_the_buffer_in_every_tile(tile, dtype, monkeypatch):
     seed=st.integers(0, 1000),
 )
 def test_any_border(rows, columns, left, right, dtype, offset, fused, seed):
-    from fastppo_kernels import _triton_norm
+    from fastppo_kernels import _triton_producer
 
     torch.manual_seed(seed)
     x, weight = torch.randn(rows, columns, device=DEVICE).to(dtype), torch.randn(columns, device=DEVICE).to(dtype)
     how = lora_arguments(rows, columns, left + right, 3)
     with pytest.MonkeyPatch.context() as patch:
         if fused:
-            patch.setattr(_triton_norm, "_FEWEST_BLOCKS", 1)
+            patch.setattr(_triton_producer, "_FEWEST_BLOCKS", 1)
         ours, _ = rms_norm_lora(x, weight, 1e-5, left=left, offset=offset, backend="triton", **how)
     twin, _ = rms_norm_lora(x, weight, 1e-5, left=left, offset=offset, backend="torch", **how)
     check_buffer(ours, twin, plain(x.double(), weight.double(), 1e-5, offset), left, how)
@@ -236,7 +236,8 @@ def test_rows_without_the_adapter_are_zero_even_if_it_is_broken_and_out_is_writt
 
 
 def test_the_choice_between_one_kernel_and_a_gemm(monkeypatch):
-    from fastppo_kernels import _triton_norm as kernels
+    from fastppo_kernels import _triton_norm
+    from fastppo_kernels import _triton_producer as kernels
 
     def choice(rows: int, rank: int, dtype: torch.dtype = torch.bfloat16, columns: int = 16, start: int = 0):
         x = torch.empty(rows * columns + start, dtype=dtype, device=DEVICE)[start:].view(rows, columns)
@@ -249,7 +250,7 @@ def test_the_choice_between_one_kernel_and_a_gemm(monkeypatch):
     assert choice(8192, 16, torch.float32) is None and choice(8192, 16, columns=12) is None
     assert choice(8192, 16, start=1) is None
     # Whatever is chosen has a tile, and the report knows it.
-    named = {c.name for c in kernels.configurations()}
+    named = {c.name for c in _triton_norm.configurations()}
     for rows in (1024, 2048, 4096, 10**4):
         for rank in range(8, 130, 8):
             if (tile := choice(rows, rank)) is not None:

@@ -283,8 +283,8 @@ def test_only_the_gradients_that_are_needed_are_made(monkeypatch):
     from fastppo_kernels import _head_ops
 
     made = []
-    product = _head_ops._product
-    monkeypatch.setattr(_head_ops, "_product", lambda a, b, dtype: made.append((len(a), b.shape[1])) or product(a, b, dtype))
+    product = _head_ops.product
+    monkeypatch.setattr(_head_ops, "product", lambda a, b, dtype: made.append((len(a), b.shape[1])) or product(a, b, dtype))
     hidden, weight, bias = make_head(6, 20, 3, torch.float32, torch.float32)
     targets, old = torch.randint(20, (6,), device=DEVICE), torch.zeros(6, device=DEVICE)
     logits, of_hidden, of_weight = (2, 20), (2, 3), (20, 3)

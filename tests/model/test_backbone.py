@@ -84,6 +84,21 @@ def test_logits_of_special_architectures(name):
         torch.testing.assert_close(logits[path[path >= 0]], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_the_packed_attention_refuses_is_the_reason_for_padding(monkeypatch):
+    backbone = Backbone(random_model(SPECIAL["gpt-oss: sinks, which the packed path does not know"][0]))
+    assert not backbone.packed and "attention sinks are not supported" in backbone.padded_because
+
+    model = make_base("llama").model
+    model.config.attention_dropout = 0.25
+    assert Backbone(model).packed  # evaluation has no dropout
+    model = make_base("llama").model
+    for layer in model.base_model.layers:  # an architecture that drops out all the same: no two passes are alike
+        layer.self_attn.train()
+        layer.self_attn.attention_dropout = 0.25
+    with pytest.raises(UserError, match="not supported"):
+        Backbone(model)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mpt"])
 def test_unknown_factor_on_the_logits_is_refused(kind, monkeypatch):
     """A model whose logits are not head(last hidden state) would train on wrong log-probs."""

@@ -1,0 +1,180 @@
+"""Result files: what was measured, on what, and whether it is worse than what was stored before.
+
+A record is one part of the measurements on one device, ``bench/results/DEVICE/PART.json``. It is written whole after every
+figure that matters, so that a run cut off loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastppo.files import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+LOSS = 0.05  # worse than the stored figure by more than this is flagged
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "liger-kernel", "flash-attn", "xformers", "fastppo")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def sources(*folders: str) -> str:
+    """A digest of the Python files under these folders of the repository: figures of other code are not this code's."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(ROOT)}\0{file.stat().st_size}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What figures mean nothing without."""
+    changes = _output("git", "status", "--porcelain", "--", "fastppo", "kernels", "bench/*.py")
+    found: dict[str, Any] = {
+        "device": f"{_processor()}, {torch.get_num_threads()} threads",
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"python": platform.python_version(), "cuda": torch.version.cuda},
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "changed": None if changes is None else bool(changes),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["capability"] = f"{properties.major}.{properties.minor}"
+        found["gibibytes"] = round(properties.total_memory / 2**30, 1)
+        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found
+
+
+def folder_of(device: torch.device) -> Path:
+    """``bench/results/cpu``, ``bench/results/nvidia-h100-80gb-hbm3``, ..."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@dataclass
+class Figure:
+    """One measured number: the median of ``raw`` where it was measured several times.
+
+    unit: ``ratio`` (of two things measured in the same run), ``ms``, ``s``, ``samples/s``, ``tokens/s``, ``TFLOP/s``, ``GB/s``,
+    ``MiB``, ``percent``, ``reward``. better: ``higher``, ``lower``, or None where neither is.
+    """
+
+    value: float
+    unit: str
+    better: str | None = None
+    raw: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, raw: list[float], unit: str, better: str | None = None) -> Figure:
+        return cls(statistics.median(raw), unit, better, raw)
+
+
+@dataclass
+class Record:
+    """One part's results.
+
+    figures: by name. data: whatever else a reader wants (curves, shapes, token counts). notes: lines on what is missing and
+    why (a peer that is not installed, out of memory). reference: for each figure the best that was ever stored for this part
+    and device, with its commit. complete: whether everything of the part was measured.
+    """
+
+    part: str
+    machine: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    reference: dict[str, dict[str, Any]] = field(default_factory=dict)
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    seconds: float = 0.0
+    complete: bool = False
+
+    def save(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Record | None:
+        """The record in a file, or None where there is none that can be read."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            figures = {name: Figure(**figure) for name, figure in found.pop("figures").items()}
+            return cls(**found, figures=figures)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+    def follow(self, stored: Record | None) -> None:
+        """Take over what was stored before as what this record's figures are held against.
+
+        A figure counts where it means the same again: ratios and counts of bytes everywhere, times and rates on a GPU of the
+        same name. What was measured with other settings is another figure.
+        """
+        # As JSON has them: it knows neither tuples nor keys that are numbers.
+        if stored is None or _plain(stored.settings) != _plain(self.settings):
+            return
+        if stored.machine.get("device") != self.machine["device"]:
+            return
+        self.reference = dict(stored.reference)
+        for name, figure in stored.figures.items():
+            old = self.reference.get(name)
+            if figure.value is None or not figure.better or not self._counts(figure):  # None: it was not finite
+                continue
+            if old is None or old.get("unit") != figure.unit or _loss(figure, old["value"]) < 0:
+                self.reference[name] = {"value": figure.value, "unit": figure.unit, "commit": stored.machine.get("commit")}
+
+    def losses(self) -> dict[str, float]:
+        """Figures that are worse than the stored one by more than `LOSS`: by what share of it."""
+        found = {}
+        for name, figure in self.figures.items():
+            old = self.reference.get(name)
+            if figure.value is not None and figure.better and old is not None and old.get("unit") == figure.unit:
+                loss = _loss(figure, old["value"])
+                if loss > LOSS:
+                    found[name] = loss
+        return found
+
+    def _counts(self, figure: Figure) -> bool:
+        return figure.unit in ("ratio", "MiB", "percent") or "capability" in self.machine
+
+
+def _plain(settings: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(settings))
+
+
+def _loss(figure: Figure, stored: float) -> float:
+    """How much worse, as a share of the stored value; negative where it is better."""
+    change = (figure.value - stored) / abs(stored) if stored else 0.0
+    return -change if figure.better == "higher" else change

@@ -1,0 +1,97 @@
+"""The trunk of Llama-shaped models over packed tokens, layer by layer: the same numbers as transformers', with less done.
+
+- Projections of one input (q, k, v; gate, up) are one operation, which shares what their adapters have in common.
+- Behind the last layer's attention only the rows go on that somebody reads.
+- Norms, rotary embedding and SwiGLU are the kernels' operations; no masks and caches are prepared that packed tokens do not use.
+
+Parameters stay where transformers and peft have them; nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.models.llama import LlamaModel
+from transformers.models.mistral import MistralModel
+from transformers.models.qwen2 import Qwen2Model
+from transformers.models.qwen3 import Qwen3Model
+
+from fastppo_kernels import LoRAProjection, lora_linear_group, rms_norm, rope, swiglu
+
+SHAPES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+
+
+class LlamaTrunk:
+    """Hidden states of packed tokens. ``context`` says what each layer's queries attend to (see ``fastppo.model.attention``)."""
+
+    def __init__(self, trunk: nn.Module):
+        self.trunk: Any = trunk
+        self.layers: list[Any] = list(trunk.layers)[: trunk.config.num_hidden_layers]  # type: ignore[arg-type,index,union-attr]
+
+    @staticmethod
+    def suits(trunk: nn.Module) -> bool:
+        """Whether this is such a trunk, with nothing in it that a forward of its own would miss."""
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in trunk.modules())
+        return type(trunk) in SHAPES and trunk.config.hidden_act == "silu" and not hooked  # type: ignore[union-attr]
+
+    def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None) -> Tensor:
+        """[T, H], or [R, H] of ``rows_R``."""
+        context.calls += len(self.layers)
+        x_TH = self.trunk.embed_tokens(token_ids_T)
+        cos, sin = self.trunk.rotary_emb(x_TH[None], positions_T[None])
+        for layer in self.layers[:-1]:
+            x_TH = self._layer(layer, x_TH, cos[0], sin[0], context, None)
+        return _norm(self.trunk.norm, self._layer(self.layers[-1], x_TH, cos[0], sin[0], context, rows_R))
+
+    def _layer(self, layer: Any, x_TH: Tensor, cos: Tensor, sin: Tensor, context: Any, rows: Tensor | None) -> Tensor:
+        attention, mlp = layer.self_attn, layer.mlp
+        heads = (x_TH.shape[0], -1, attention.head_dim)
+        q, k, v = _project(_norm(layer.input_layernorm, x_TH), attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = q.view(heads), k.view(heads), v.view(heads)
+        if hasattr(attention, "q_norm"):  # Qwen3
+            q, k = _norm(attention.q_norm, q), _norm(attention.k_norm, k)
+        q, k = rope(q, k, cos, sin)
+        seen = context.attend(attention.layer_idx, q, k, v, scale=attention.scaling, window=_window(attention), softcap=None)
+        if rows is not None:
+            seen, x_TH = seen[rows], x_TH[rows]
+        x_TH = x_TH + _project(seen.flatten(1), attention.o_proj)[0]
+        gate, up = _project(_norm(layer.post_attention_layernorm, x_TH), mlp.gate_proj, mlp.up_proj)
+        return x_TH + _project(swiglu(gate, up), mlp.down_proj)[0]
+
+
+def _window(attention: Any) -> int | None:
+    if hasattr(attention, "sliding_window"):  # of this layer: Qwen2 and Qwen3 have both kinds
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _project(x_TK: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """Linear layers of one input, each with peft's adapter on it or without."""
+    projections = [_projection(module) for module in modules]
+    if all(projection is not None and projection.weight.dtype == x_TK.dtype for projection in projections):
+        return lora_linear_group(x_TK, projections)  # type: ignore[arg-type]
+    return tuple(module(x_TK) for module in modules)
+
+
+def _projection(module: Any) -> LoRAProjection | None:
+    """None for what is more than a linear layer with at most one plain adapter: quantised weights, for example."""
+    if type(module) is nn.Linear:
+        return LoRAProjection(module.weight, bias=module.bias)
+    if not isinstance(module, LoraLinear) or type(module.base_layer) is not nn.Linear or module.merged or module.lora_variant:
+        return None
+    base = module.base_layer
+    names = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    if not names:
+        return LoRAProjection(base.weight, bias=base.bias)
+    if len(names) > 1 or not isinstance(module.lora_dropout[names[0]], nn.Identity):
+        return None
+    lora_A, lora_B = module.lora_A[names[0]], module.lora_B[names[0]]
+    if lora_B.bias is not None:
+        return None
+    return LoRAProjection(base.weight, lora_A.weight, lora_B.weight, module.scaling[names[0]], base.bias)
