@@ -2,7 +2,7 @@
 
 - Projections of one input (q, k, v; gate, up) are one operation, which shares what their adapters have in common.
 - Behind the last layer's attention only the rows go on that somebody reads.
-- Norms, rotary embedding and SwiGLU are the kernels' operations; no masks and caches are prepared that packed tokens do not use.
+- Norms, rotary embedding and SwiGLU are the kernels' operations; no masks or caches are prepared that nobody uses.
 
 Parameters stay where transformers and peft have them; nothing is copied.
 """
@@ -24,7 +24,7 @@ SHAPES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 
 class LlamaTrunk:
-    """Hidden states of packed tokens. ``context`` says what each layer's queries attend to (see ``fastppo.model.attention``)."""
+    """Hidden states of packed tokens; ``context`` says what each layer's queries attend to (``fastppo.model.attention``)."""
 
     def __init__(self, trunk: nn.Module):
         self.trunk: Any = trunk
