@@ -54,7 +54,10 @@ from .gpu_checks.run import same
 from .limits import ceilings
 from .record import Figure, Record, folder_of, machine, sources
 
-SOURCES = ("fastppo", "kernels/fastppo_kernels")
+SOURCES = (
+    "fastppo", "kernels/fastppo_kernels", "bench/engine.py", "bench/models.py", "bench/memory.py", "bench/limits.py",
+    "bench/timing.py",
+)  # fmt: skip
 RANK = 16
 SHOWN = ("MFU", "tokens/s", "ms per micro-batch", "ms per step", "overhead", "share of bandwidth floor", "MiB")  # printed
 
@@ -300,7 +303,7 @@ def sampler_steps(model: ActorCritic, prompts: list[list[int]], steps: int) -> l
 @torch.no_grad()
 def decoder_steps(model: ActorCritic, prompts: list[list[int]], steps: int) -> list[float]:
     """Seconds of each step of the decoder alone: embedding, layers, last norm."""
-    decoder = make_decoder(model.backbone, prompts, len(prompts), steps + 1, model.config.micro_batch_tokens)
+    decoder = make_decoder(model.backbone, prompts, len(prompts), steps + 1, model.micro_batch_tokens)
     decoder.admit(prompts, [1] * len(prompts))
     tokens = torch.full((len(prompts),), 5, device=model.device)
     return [_seconds(model.device, lambda: decoder.step(tokens)) for _ in range(steps + 1)][1:]

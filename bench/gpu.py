@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import kernels
 from .gpu_checks import run as checks
 from .gpu_checks.process import die_with_parent, stop
 from .record import ROOT, Record, folder_of, machine, sources
@@ -47,7 +48,9 @@ from .record import ROOT, Record, folder_of, machine, sources
 MINUTES = 9.0
 # Seconds: what a part needs to begin at all; what it may take over its time; and of that, to end on being told to.
 LEAST, GRACE, PATIENCE = 20.0, 30.0, 5.0
-_ENGINE = ("fastppo", "kernels/fastppo_kernels")
+# What the figures of the parts depend on.
+_ENGINE = ("fastppo", "kernels/fastppo_kernels", "bench/models.py", "bench/memory.py")
+_CEILINGS = ("bench/limits.py", "bench/timing.py")
 # In the order of importance; minutes: what it needs, about, and gets where others wait for their turn.
 _LOOPS = (("cola", 1.5), ("gsm8k", 2.0), ("few-shot", 1.5))
 _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
@@ -59,48 +62,49 @@ _NOT_FINISHED = "not finished: "
 @dataclass(frozen=True)
 class Part:
     """name: of the result file. minutes: see above. command: Python's arguments, {device}, {minutes} and {out} filled in.
-    folders: of the sources that its figures depend on."""
+    places: folders and files of the sources that its figures depend on."""
 
     name: str
     minutes: float
     command: tuple[str, ...]
-    folders: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         return self.name.split("-")[0]
 
 
-def _part(name: str, minutes: float, module: str, *arguments: str, folders: tuple[str, ...] = (), timed: bool = True) -> Part:
+def _part(name: str, minutes: float, module: str, *arguments: str, places: tuple[str, ...], timed: bool = True) -> Part:
     time = ("--minutes", "{minutes}") if timed else ()
-    return Part(name, minutes, ("-m", module, *arguments, "--device", "{device}", *time, "--out", "{out}"), folders)
+    return Part(name, minutes, ("-m", module, *arguments, "--device", "{device}", *time, "--out", "{out}"), places)
 
 
 def _of_engine(kind: str, model: str, minutes: float = 1.2) -> Part:
-    return _part(f"{kind}-{model}", minutes, "bench.engine", kind, "--model", model, folders=_ENGINE)
+    places = (*_ENGINE, "bench/engine.py", *_CEILINGS)
+    return _part(f"{kind}-{model}", minutes, "bench.engine", kind, "--model", model, places=places)
 
 
 def _loops(model: str, factor: float = 1.0) -> dict[str, Part]:
-    folders = (*_ENGINE, "bench/loop")
+    places = (*_ENGINE, "bench/loop")
     return {
         workload: _part(f"loop-{workload}-{model}", minutes * factor, "bench.loop", "--workload", workload, "--model", model,
-                        folders=folders)
+                        places=places)
         for workload, minutes in _LOOPS
     }  # fmt: skip
 
 
 def _ablations(model: str) -> Part:
-    folders = (*_ENGINE, "bench/loop")
+    places = (*_ENGINE, "bench/loop")
     name = f"ablations-cola-{model}"
-    return _part(name, 2.0, "bench.loop", "--ablations", "--workload", "cola", "--model", model, folders=folders)
+    return _part(name, 2.0, "bench.loop", "--ablations", "--workload", "cola", "--model", model, places=places)
 
 
 def parts(device: str) -> list[Part]:
     """All parts, the most important first: what each goal is about, before any other size of it."""
     found = [
-        _part("check", 10.0, "bench.gpu", "--check", folders=checks.SOURCES),
-        _part("ceilings", 0.6, "bench.limits", timed=False),
-        _part("ops", 2.0, "bench.kernels", folders=("kernels/fastppo_kernels", "bench/ops")),
+        _part("check", 10.0, "bench.gpu", "--check", places=checks.SOURCES),
+        _part("ceilings", 0.6, "bench.limits", places=_CEILINGS, timed=False),
+        _part("ops", 2.0, "bench.kernels", places=kernels.SOURCES),
     ]
     if device == "cpu":
         loops = _loops("tiny")
@@ -129,7 +133,7 @@ class State(NamedTuple):
 def state_of(part: Part, folder: Path, here: dict[str, Any]) -> State:
     """here: this machine as `record.machine` has it."""
     path = folder / f"{part.name}.json"
-    digest = sources(*part.folders)
+    digest = sources(*part.places)
     if part.name == "check":
         report = checks.stored(path, here | {"sources": digest})
         if report is None:
@@ -259,8 +263,9 @@ def keep(part: Part, ended: Ended, folder: Path, here: dict[str, Any], before: S
     elif ended.status == 3 or (ended.regular and ended.status == 1 and written):
         record.data |= stamp if written else {"failures": 0}
     elif part.kind in _OF_ONE_MODEL and ended.status is not None and _OUT_OF_MEMORY.search(ended.why):
-        if not written:
-            record = Record(part.name, here)
+        if not written:  # what it had is of other sources, but a later run is held against the best of it
+            record = Record(part.name, here, settings=stored.settings if stored else {})
+            record.follow(stored)
         record.data |= stamp | {"status": 0}
         record.notes.append(f"out of memory: {ended.why}")
         record.complete = True
@@ -295,7 +300,7 @@ def measure(chosen: list[Part], device: str, folder: Path, minutes: float) -> in
             part = todo[0]
             given = share(part.name, [p.minutes for p in todo], (deadline - time.monotonic()) / 60, minutes)
             print(f"{part.name}: {given:.1f} minutes", flush=True)
-            digest = sources(*part.folders)
+            digest = sources(*part.places)
             ended = run_part(part, device, given, folder)
             state = states[part.name] = keep(part, ended, folder, here, states[part.name], digest)
             print(f"{part.name}: {state.word}, {state.text}", flush=True)

@@ -25,7 +25,9 @@ from .ops.op import COMPILED, LIMIT, OURS
 from .ops.summary import peers_ratio, tables
 from .record import Figure, Record, folder_of, machine, sources
 
-SOURCES = ("kernels/fastppo_kernels", "bench/ops")
+SOURCES = (
+    "kernels/fastppo_kernels", "bench/ops", "bench/gpu_checks/case.py", "bench/limits.py", "bench/memory.py", "bench/timing.py",
+)  # fmt: skip
 _BROKEN = "CUDA error"  # after one nothing works in this process
 _SECONDS = 1.0  # of timing, for one op in one size and direction
 

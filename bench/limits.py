@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device, begun = torch.device(args.device), time.monotonic()
     path = args.out or folder_of(device) / "ceilings.json"
-    record = Record("ceilings", machine(device), data={"sources": sources()})
+    record = Record("ceilings", machine(device), data={"sources": sources("bench/limits.py", "bench/timing.py")})
     record.follow(Record.load(path))
     record.figures = ceilings(device)
     record.seconds, record.complete = round(time.monotonic() - begun, 1), True

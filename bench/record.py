@@ -2,12 +2,16 @@
 
 A record is one part of the measurements on one device, ``bench/results/DEVICE/PART.json``. It is written whole after every
 figure that matters, so that a run cut off loses nothing.
+
+A figure is worse than the stored one where it loses more than 5 % of it. The cores of a CPU are shared with whatever else runs,
+so there its quartiles must also lie apart from those of the stored figure: a difference within the spread is none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
 import statistics
@@ -50,11 +54,13 @@ def _processor() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def sources(*folders: str) -> str:
-    """A digest of the Python files under these folders of the repository: figures of other code are not this code's."""
+def sources(*places: str) -> str:
+    """A digest of these files, and of the Python files under these folders, of the repository: figures of other code are not
+    this code's."""
     digest = hashlib.sha256()
-    for folder in folders:
-        for file in sorted((ROOT / folder).rglob("*.py")):
+    for place in places:
+        path = ROOT / place
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
             digest.update(f"{file.relative_to(ROOT)}\0{file.stat().st_size}\0".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
@@ -102,6 +108,13 @@ class Figure:
     def of(cls, raw: list[float], unit: str, better: str | None = None) -> Figure:
         return cls(statistics.median(raw), unit, better, raw)
 
+    @property
+    def quartiles(self) -> list[float]:
+        """First and third; the value itself where it was measured once."""
+        if len(self.raw) < 2:
+            return [self.value, self.value]
+        return statistics.quantiles(self.raw, n=4, method="inclusive")[::2]
+
 
 @dataclass
 class Record:
@@ -109,7 +122,8 @@ class Record:
 
     figures: by name. data: whatever else a reader wants (curves, shapes, token counts). notes: lines on what is missing and
     why (a peer that is not installed, out of memory). reference: for each figure the best that was ever stored for this part
-    and device, with its commit. complete: whether everything of the part was measured.
+    and device, with its quartiles and its commit; on a CPU one that is better by less than the spread is no new best, or luck
+    would raise it from run to run. complete: whether everything of the part was measured.
     """
 
     part: str
@@ -143,7 +157,7 @@ class Record:
         same name. What was measured with other settings is another figure.
         """
         # As JSON has them: it knows neither tuples nor keys that are numbers.
-        if stored is None or _plain(stored.settings) != _plain(self.settings):
+        if stored is None or not stored._sound() or _plain(stored.settings) != _plain(self.settings):
             return
         if stored.machine.get("device") != self.machine["device"]:
             return
@@ -152,22 +166,49 @@ class Record:
             old = self.reference.get(name)
             if figure.value is None or not figure.better or not self._counts(figure):  # None: it was not finite
                 continue
-            if old is None or old.get("unit") != figure.unit or _loss(figure, old["value"]) < 0:
-                self.reference[name] = {"value": figure.value, "unit": figure.unit, "commit": stored.machine.get("commit")}
+            if old is None or old.get("unit") != figure.unit or (_loss(figure, old["value"]) < 0 and self._apart(figure, old)):
+                commit = stored.machine.get("commit")
+                self.reference[name] = {
+                    "value": figure.value, "unit": figure.unit, "quartiles": figure.quartiles, "commit": commit
+                }  # fmt: skip
 
     def losses(self) -> dict[str, float]:
-        """Figures that are worse than the stored one by more than `LOSS`: by what share of it."""
+        """Figures that are worse than the stored one by more than `LOSS`, and on a CPU than the spread: by what share of it."""
         found = {}
         for name, figure in self.figures.items():
             old = self.reference.get(name)
             if figure.value is not None and figure.better and old is not None and old.get("unit") == figure.unit:
                 loss = _loss(figure, old["value"])
-                if loss > LOSS:
+                if loss > LOSS and self._apart(figure, old):
                     found[name] = loss
         return found
 
     def _counts(self, figure: Figure) -> bool:
-        return figure.unit in ("ratio", "MiB", "percent") or "capability" in self.machine
+        return figure.unit in ("ratio", "MiB", "percent") or self._on_gpu()
+
+    def _apart(self, figure: Figure, old: dict[str, Any]) -> bool:
+        """Whether the difference is more than what two runs of the same differ by."""
+        stored = old.get("quartiles")  # from a file, where anything may stand
+        sound = isinstance(stored, list) and len(stored) == 2 and all(map(_finite, stored))
+        (low, high), (old_low, old_high) = figure.quartiles, stored if sound else [old["value"]] * 2
+        return self._on_gpu() or high < old_low or old_high < low
+
+    def _on_gpu(self) -> bool:
+        return "capability" in self.machine
+
+    def _sound(self) -> bool:
+        """Whether its figures and references can be counted with; a value that was not finite is None."""
+        try:
+            numbers = [figure.value for figure in self.figures.values() if figure.value is not None]
+            numbers += [value for figure in self.figures.values() for value in figure.raw]
+            numbers += [old["value"] for old in self.reference.values()]
+        except (LookupError, TypeError, AttributeError):
+            return False
+        return isinstance(self.machine, dict) and all(map(_finite, numbers))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(settings: dict[str, Any]) -> Any:

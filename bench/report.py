@@ -3,8 +3,8 @@
     python -m bench.report [--results DIR] [--out FILE] [--check]
 
 Reads every DEVICE/PART.json under bench/results and draws the pictures beside them (pip install matplotlib). With --check
-nothing is written: one line for each figure that is more than 5 % worse than the best that was stored for it, and exit status 1
-if there is one, 2 if a file cannot be read.
+nothing is written: one line for each figure that is more than 5 % worse than the best that was stored for it (on a CPU, whose
+cores are shared, only where their quartiles lie apart too), and exit status 1 if there is one, 2 if a file cannot be read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ NOT = "not measured"
 HEAD = f"""# Benchmarks
 
 What has been measured of fastppo, on what, and how far it is from the goals. Made by `python -m bench.report` from the result
-files in `bench/results/`, which hold every raw figure and come from `python -m bench.gpu` (on two CPU cores: `--device cpu`).
+files in `bench/results/`, which hold every raw figure and come from `python -m bench.gpu` (on a CPU: `--device cpu`) and
+`python -m bench.loop`.
 
 Figures with a spread are medians, with the smallest and the largest of what was measured. A ratio is of two things measured in
 turn in one run. What was not measured says "{NOT}"; a comparison in which an engine did not learn is void.
@@ -106,18 +107,19 @@ def goal_row(goal: Goal, device: Device, part: str, reading: Reading) -> list[st
     return [escape(what), goal.words, spread(reading.value, reading.raw, goal.unit), escape(where), reached]
 
 
-def goal_table(devices: list[Device]) -> str:
+def goal_table(devices: list[Device], kind: str) -> str:
+    """The goals of one kind of device."""
     rows = []
-    for goal in GOALS:
+    for goal in (goal for goal in GOALS if goal.kind == kind):
         found = [
             goal_row(goal, device, part, reading)
             for device in devices
-            if device.kind == goal.kind
+            if device.kind == kind
             for part, record in device.records.items()
             if goal.of(part)
             for reading in goal.read(record)
         ]
-        rows += found or [[escape(goal.name), goal.words, NOT, f"any {goal.kind}", NOT]]
+        rows += found or [[escape(goal.name), goal.words, NOT, f"any {kind}", NOT]]
     return table(["goal", "wanted", "measured", "device, part, commit", "reached"], rows)
 
 
@@ -148,9 +150,14 @@ def measured_on(device: Device) -> str:
 
 
 def loops(device: Device) -> str:
-    speeds, memory, phases, said = [], [], [], []
+    what, speeds, memory, phases, said = [], [], [], [], []
     for part, record in device.of("loop"):
         name = ", ".join(map(escape, workload_of(part)))
+        workload = mapping(record.data.get("workload"))
+        prompts, samples = (number(workload.get(key)) for key in ("prompts", "samples"))
+        if workload.get("what") and prompts is not None and samples is not None:
+            counts = f"{prompts:.0f} prompts an iteration, samples of each: {samples:.0f}"
+            what.append(f"- {name}: {escape(workload['what'])}; {counts}")
         found = record.figures.get("ratio")
         if found and (idle := not_learned(record)):
             ratio = larger = f"void: {' and '.join(idle)} did not learn the rule"
@@ -161,7 +168,10 @@ def loops(device: Device) -> str:
         tokens = mapping(record.data.get("tokens"))
         counts = [short(number(tokens.get(kind))) for kind in ("padded", "tree", "responses")]
         memory.append([name, figure(record, "fastppo MiB"), figure(record, "trl MiB"), larger, *counts])
-        phases += phase_rows(name, mapping(record.data.get("phases")))
+        stored = mapping(record.data.get("phases"))
+        if (other := number(record.data.get("trl_other"))) is not None:  # what none of TRL's functions that are timed takes
+            stored = stored | {"trl": mapping(stored.get("trl")) | {"all else": other}}
+        phases += phase_rows(name, stored)
         share = number(record.data.get("trl_gc_share"))
         if share is not None:
             said.append(f"- {name}: {short(100 * share)} % of TRL's time is garbage collection, which it asks for itself.")
@@ -169,7 +179,8 @@ def loops(device: Device) -> str:
             said += [f"- {name}: {escape(note)}" for note in record.notes or ["no note says why TRL was not measured"]]
     if not speeds:
         return f"Whole loop: {NOT}.\n"
-    text = table(["workload, model", "fastppo samples/s", "TRL samples/s", "fastppo / TRL (spread over pairs)"], speeds)
+    text = "".join(f"{line}\n" for line in [*what, ""] if what)
+    text += table(["workload, model", "fastppo samples/s", "TRL samples/s", "fastppo / TRL (spread over pairs)"], speeds)
     head = ["workload, model", "fastppo peak MiB", "TRL peak MiB", "fastppo / TRL"]
     text += "\n" + table([*head, "padded tokens", "tree tokens", "response tokens"], memory)
     if phases:
@@ -192,12 +203,13 @@ def phase_rows(name: str, phases: dict[str, Any]) -> list[list[str]]:
 
 def ablations(part: str, record: Record) -> tuple[str, list[tuple[str, float, list[float]]]]:
     """The table of one workload, and the ratios to draw."""
-    rows = {str(row.get("idea", "")): row for row in dictionaries(record.data.get("rows"))}
+    rows = {name: row for row in dictionaries(record.data.get("rows")) if (name := str(row.get("idea", ""))) != "full"}
     for name in record.figures:
         if match := re.fullmatch(r"without (.+): (?:ratio|MiB)", name):
             rows.setdefault(match[1], {})
     full = record.figures.get("full samples/s")
-    lines = [["nothing: the full engine", short(full.value) if full else NOT, "", "", ""]]
+    memory = value_of(record, "full: MiB")
+    lines = [["nothing: the full engine", short(full.value) if full else NOT, "", short(memory) if memory else "", ""]]
     drawn = []
     for idea, row in rows.items():
         ratio = record.figures.get(f"without {idea}: ratio")
@@ -404,7 +416,8 @@ def losses(devices: list[Device]) -> list[tuple[Device, Record, str, float]]:
 
 def loss_table(found: list[tuple[Device, Record, str, float]]) -> str:
     if not found:
-        return f"None: no figure is more than {100 * LOSS:.0f} % worse than the best that was stored for it.\n"
+        rule = "(on a CPU, where cores are shared, only where the quartiles of the two lie apart)"
+        return f"None: no figure is more than {100 * LOSS:.0f} % worse than the best that was stored for it {rule}.\n"
     rows = []
     for device, record, name, loss in found:
         old, now = record.reference[name], record.figures[name]
@@ -415,7 +428,9 @@ def loss_table(found: list[tuple[Device, Record, str, float]]) -> str:
 
 def page(devices: list[Device], problems: list[str], results: Path, pictures: Pictures) -> str:
     found = losses(devices)
-    parts = [HEAD, "## Goals", goal_table(devices)]
+    parts = [HEAD, "## Goals"]
+    for kind in ("CPU", "GPU"):
+        parts += [f"### On a {kind}", goal_table(devices, kind)]
     if found:
         figures = "1 figure is" if len(found) == 1 else f"{len(found)} figures are"
         parts.append(f"> **{figures} worse than what was stored before**: see [Losses](#losses).")

@@ -207,7 +207,9 @@ class Config:
     valid_examples: int = _setting(400, "held out of train to pick the best checkpoint, at most a tenth", low=0)
     eval_every: int = _setting(10, "PPO iterations between validations", low=1)
     checkpoint_every: int = _setting(10, "steps between checkpoints (SFT steps, PPO iterations)", low=1)
-    micro_batch_tokens: int = _setting(8192, "tokens of the tree per forward and backward (memory)", low=1)
+    micro_batch_tokens: int | None = _setting(
+        None, "tokens of the tree per forward and backward: memory (none: 8192 on a GPU, 2048 on the CPU)", low=1
+    )
     max_prompt_tokens: int = _setting(1024, "longest allowed prompt, in tokens", low=1)
     trust_remote_code: bool = _setting(False, "run Python code that comes with the model")
     lora: LoraConfig = field(default_factory=LoraConfig)

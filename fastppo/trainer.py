@@ -110,7 +110,7 @@ def ppo_iteration(
         rewards = score(rollout)
     with timed("estimate"):
         minibatches = pack_rollout(
-            rollout, minibatches=config.ppo.minibatches, budget=config.micro_batch_tokens,
+            rollout, minibatches=config.ppo.minibatches, budget=model.micro_batch_tokens,
             padded=not model.backbone.packed, device=model.device, rng=_rng(config, PPO_UPDATE, step),
         )  # fmt: skip
         estimates = ppo.estimate(

@@ -15,7 +15,8 @@ echo "$*" >> "$LOG"
 case "$*" in
     "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip install"*) exit "${PIP_STATUS:-0}" ;;
-    "-m fastppo"*) echo "ran: $*" ;;
+    "-m fastppo"*|"-m pytest"*|"-m bench.report"*) echo "ran: $*" ;;
+    "-m bench.loop"*"$FAILS"*) [ -z "$FAILS" ]; exit ;;
     --version) echo "Python 3.12.0" ;;
 esac
 """
@@ -77,6 +78,34 @@ def test_train_passes_extra_flags(project):
         "ran: -m fastppo train --task cola --seed 1 --out runs/mine\n"
         in make(project, "train", "ARGS=--seed 1 --out runs/mine")[1]
     )
+
+
+def test_what_benchmarks_need_is_installed_once_and_on_top(project):
+    status, output, log = make(project, "bench", "ARGS=-k attention")
+    assert status == 0 and "ran: -m pytest bench --benchmark-only -k attention\n" in output
+    assert [line.split("-e ")[1] for line in log.splitlines() if "pip install" in line] == [".[test]", ".[test,bench,peers]"]
+    assert "pip install" not in make(project, "bench")[2]
+    assert make(project, "install") == (0, "", "")
+    with open(project / "pyproject.toml", "a") as file:
+        file.write("# changed\n")
+    assert make(project, "bench")[2].count("pip install") == 2
+
+
+def test_benchmarks_whose_needs_cannot_be_installed_do_not_run_and_are_tried_again(project):
+    make(project, "install")
+    status, output, _ = make(project, "bench", PIP_STATUS="1")
+    assert status == 2 and "what the benchmarks need could not be installed" in output and "ran:" not in output
+    assert not (project / ".venv" / ".installed-peers").exists()
+    assert "ran: -m pytest bench" in make(project, "bench")[1]
+
+
+def test_the_loop_is_measured_in_every_workload_before_the_report(project):
+    _, output, log = make(project, "bench-loop", "ARGS=--threads 2")
+    ran = [line.removeprefix("-m bench.") for line in log.splitlines() if line.startswith("-m bench.")]
+    workloads = [f"loop --workload {name} --threads 2" for name in ("cola", "few-shot", "gsm8k")]
+    assert ran == [*workloads, "loop --ablations --workload cola --threads 2", "report"]
+    status, output, log = make(project, "bench-loop", FAILS="few-shot")
+    assert status == 2 and "bench.loop --workload few-shot failed" in output and "gsm8k" not in log and "report" not in log
 
 
 def test_missing_python_is_one_clear_message(project):

@@ -6,6 +6,7 @@ what its reader would bring along (a model, a tokenizer, data) and what must hol
 
 import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,13 +64,9 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lora_linear = 0
         patching = importlib.import_module("fastppo_kernels.patch_peft")
-        lora_linear = patching.lora_linear
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            self.lora_linear += 1
-            return lora_linear(*args, **kwargs)
-
-        monkeypatch.setattr(patching, "lora_linear", counting)
+        # A layer that is as it was at its last call goes past the checks of `lora_linear`.
+        for name in ("lora_linear", "checked_group"):
+            monkeypatch.setattr(patching, name, self._counting(getattr(patching, name)))
         self.selective_log_softmax = 0
         selective_log_softmax = fastppo_kernels.selective_log_softmax
 
@@ -78,6 +75,13 @@ class Calls:
             return selective_log_softmax(*args, **kwargs)
 
         monkeypatch.setattr(fastppo_kernels, "selective_log_softmax", counting_too)
+
+    def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.lora_linear += 1
+            return function(*args, **kwargs)
+
+        return counting
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def sft_step(
     parts = pack(
         prompts,
         list(enumerate(answers)),
-        budget=config.micro_batch_tokens,
+        budget=model.micro_batch_tokens,
         padded=not model.backbone.packed,
         device=model.device,
     )

@@ -19,6 +19,7 @@ NAME = "fastppo"
 
 class AttentionContext(Protocol):
     calls: int  # how many layers have come here, those that are refused too
+    folded: dict[Any, Any] | None  # where `LlamaTrunk` may keep weights with their adapters in them, for calls to come
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """q [T, H, D], k and v [T, Hkv, D] of this call's tokens -> [T, H, D]."""
@@ -37,6 +38,7 @@ class TreeContext:
         self.layout, self.past, self.keep = layout, past, keep
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.calls = 0
+        self.folded: dict[Any, Any] | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if self.keep:
@@ -53,14 +55,21 @@ class DecodeContext:
         root: per layer (k, v) [C, Hkv, D], the prefix that all slots share.
         own: per layer (k, v) [slots, Hkv, L, D], written here at each slot's place ``lengths - 1``.
         lengths: [n] int64, own tokens of each slot, the new one included. longest: their maximum.
+        folded: see ``AttentionContext``.
     """
 
     def __init__(
-        self, root: list[tuple[Tensor, Tensor]], own: list[tuple[Tensor, Tensor]], lengths: Tensor, longest: int
+        self,
+        root: list[tuple[Tensor, Tensor]],
+        own: list[tuple[Tensor, Tensor]],
+        lengths: Tensor,
+        longest: int,
+        folded: dict[Any, Any] | None = None,
     ):
         self.root, self.own, self.lengths, self.longest = root, own, lengths, longest
         self.slots = torch.arange(lengths.shape[0], device=lengths.device)
         self.calls = 0
+        self.folded = folded
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         k_own, v_own = self.own[layer]

@@ -4,17 +4,21 @@
 - Behind the last layer's attention only the rows go on that somebody reads.
 - Norms, rotary embedding and SwiGLU are the kernels' operations; no masks or caches are prepared that nobody uses.
 
-Parameters stay where transformers and peft have them; nothing is copied.
+Parameters stay where transformers and peft have them. Nothing is copied, but for the sampler on a CPU (`_fold`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.models.llama import LlamaModel
 from transformers.models.mistral import MistralModel
+from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2 import Qwen2Model
 from transformers.models.qwen3 import Qwen3Model
 
@@ -33,8 +37,7 @@ class LlamaTrunk:
     @staticmethod
     def suits(trunk: nn.Module) -> bool:
         """Whether this is such a trunk, with nothing in it that a forward of its own would miss."""
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in trunk.modules())
-        return type(trunk) in SHAPES and trunk.config.hidden_act == "silu" and not hooked  # type: ignore[union-attr]
+        return type(trunk) in SHAPES and trunk.config.hidden_act == "silu" and not any(map(_is_altered, trunk.modules()))  # type: ignore[union-attr]
 
     def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None) -> Tensor:
         """[T, H], or [R, H] of ``rows_R``."""
@@ -48,7 +51,8 @@ class LlamaTrunk:
     def _layer(self, layer: Any, x_TH: Tensor, cos: Tensor, sin: Tensor, context: Any, rows: Tensor | None) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         heads = (x_TH.shape[0], -1, attention.head_dim)
-        q, k, v = _project(_norm(layer.input_layernorm, x_TH), attention.q_proj, attention.k_proj, attention.v_proj)
+        project = partial(_project, context.folded)
+        q, k, v = project(_norm(layer.input_layernorm, x_TH), attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if hasattr(attention, "q_norm"):  # Qwen3
             q, k = _norm(attention.q_norm, q), _norm(attention.k_norm, k)
@@ -56,27 +60,54 @@ class LlamaTrunk:
         seen = context.attend(attention.layer_idx, q, k, v, scale=attention.scaling, window=_window(attention), softcap=None)
         if rows is not None:
             seen, x_TH = seen[rows], x_TH[rows]
-        x_TH = x_TH + _project(seen.flatten(1), attention.o_proj)[0]
-        gate, up = _project(_norm(layer.post_attention_layernorm, x_TH), mlp.gate_proj, mlp.up_proj)
-        return x_TH + _project(swiglu(gate, up), mlp.down_proj)[0]
+        x_TH = x_TH + project(seen.flatten(1), attention.o_proj)[0]
+        gate, up = project(_norm(layer.post_attention_layernorm, x_TH), mlp.gate_proj, mlp.up_proj)
+        return x_TH + project(swiglu(gate, up), mlp.down_proj)[0]
+
+
+def _is_altered(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def _window(attention: Any) -> int | None:
-    if hasattr(attention, "sliding_window"):  # of this layer: Qwen2 and Qwen3 have both kinds
-        return attention.sliding_window
-    return getattr(attention.config, "sliding_window", None)
+    if isinstance(attention, MistralAttention):  # the same for all layers
+        return attention.config.sliding_window
+    return getattr(attention, "sliding_window", None)  # Qwen2 and Qwen3 have layers of both kinds, Llama has none
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
     return rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
-def _project(x_TK: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
-    """Linear layers of one input, each with peft's adapter on it or without."""
+def _project(folded: dict[Any, Any] | None, x_TK: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """Linear layers of one input, each with peft's adapter on it or without.
+
+    folded: what earlier calls with the same adapter made of the layers, where that is wanted: one weight with all in it.
+    """
+    if folded is not None:
+        if modules[0] not in folded:
+            folded[modules[0]] = _fold(x_TK, modules)
+        if folded[modules[0]] is not None:
+            weight, bias, sizes = folded[modules[0]]
+            return F.linear(x_TK, weight, bias).split(sizes, -1)
     projections = [_projection(module) for module in modules]
     if all(projection is not None and projection.weight.dtype == x_TK.dtype for projection in projections):
-        return lora_linear_group(x_TK, projections)  # type: ignore[arg-type]
+        return lora_linear_group(x_TK, projections, fold=True)  # type: ignore[arg-type]
     return tuple(module(x_TK) for module in modules)
+
+
+def _fold(x_TK: Tensor, modules: tuple[nn.Module, ...]) -> tuple[Tensor, Tensor | None, list[int]] | None:
+    """Weight + scale B A of the layers on top of each other, their biases, their sizes; None where one is no plain layer."""
+    weights, biases, has_bias = [], [], False
+    for projection in map(_projection, modules):
+        if projection is None or any(t is not None and t.dtype != x_TK.dtype for t in (projection.weight, projection.lora_A)):
+            return None
+        weight, lora_A, lora_B, scale, bias = projection
+        weights.append(weight if lora_A is None or lora_B is None else torch.addmm(weight, lora_B, lora_A, alpha=scale))
+        biases.append(weight.new_zeros(len(weight)) if bias is None else bias)
+        has_bias |= bias is not None
+    return torch.cat(weights), torch.cat(biases) if has_bias else None, [len(weight) for weight in weights]
 
 
 def _projection(module: Any) -> LoRAProjection | None:

@@ -6,7 +6,7 @@ slot a sequence; ``PaddedDecoder`` does the same with transformers' own cache fo
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class PackedDecoder:
         self.capacity = max(len(p) for p in prompts) - self.root_length + max_new_tokens
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.host_lengths: list[int] = []
+        # The policy stands still while it samples. In float32 on the CPU its adapters may then become part of (copies of) the
+        # weights: each step has a third of the products to start. In half precision that would round what was learned away.
+        plain = self.device.type == "cpu" and backbone.head.weight.dtype == torch.float32
+        self.folded: dict[Any, Any] | None = {} if plain else None
 
     def room(self) -> int:
         return self.slots - len(self.host_lengths)
@@ -94,7 +98,7 @@ class PackedDecoder:
         self.lengths = self.lengths + 1
         self.host_lengths = [n + 1 for n in self.host_lengths]
         root = self.root or [(k[0, :, :0].transpose(0, 1), v[0, :, :0].transpose(0, 1)) for k, v in self.own]
-        context = DecodeContext(root, self.own, self.lengths, max(self.host_lengths))
+        context = DecodeContext(root, self.own, self.lengths, max(self.host_lengths), self.folded)
         return self.backbone.run(tokens_B, self.root_length + self.lengths - 1, context)
 
     def keep(self, running: list[int]) -> list[int]:

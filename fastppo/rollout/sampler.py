@@ -69,7 +69,7 @@ def generate(
     """
     head, tokenizer, eos = model.backbone.head, model.base.tokenizer, frozenset(model.base.eos_ids)
     slots = min(max(sampling.slots, samples), len(prompts) * samples)  # a cache is no larger than it is used
-    decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.config.micro_batch_tokens)
+    decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.micro_batch_tokens)
     finished: dict[int, Sample] = {}
     running: list[_Running] = []
     waiting = 0  # the first prompt not yet admitted

@@ -80,6 +80,9 @@ def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
     return x.index_select(0, rows.view(-1)).view(*rows.shape, *x.shape[1:])  # copied row by row, not number by number
 
 
+LARGEST_SQUARE = 128
+
+
 def blocks_of(layout: TreeLayout) -> list[Block]:
     """The calls for this layout, those of the queries' own segments first; made once."""
     return layout.keep("cpu blocks", lambda: _blocks(layout))
@@ -89,23 +92,40 @@ def _blocks(layout: TreeLayout) -> list[Block]:
     cu_q, cu_k = layout.host_lists
     root, past, rows = layout.root, layout.past, layout.kv_index
     own_root, n = max(root - past, 0), layout.n_queries
-    squares: list[tuple[range, range]] = [(range(own_root), range(past, root))] if own_root else []
+    squares: list[tuple[range, range]] = []
+    # Of squares: later queries, earlier keys. Those of one row differ twofold in size, so no block has it twice.
+    left: list[tuple[range, range]] = []
     above: dict[int, tuple[list[int], range]] = {}  # by the parent's last row, which stands for the whole path to it
+    _split(0, own_root, past, squares, left)
     parents = rows[(layout.cu_k[1:].long() - layout.cu_q.diff().long() - 1).clamp(min=0)].tolist() if len(cu_q) > 1 else []
     for s in range(len(cu_q) - 1):
         start, stop = max(cu_q[s], own_root if s == 0 else 0), cu_q[s + 1]
         if stop > start:
-            squares.append((range(start, stop), range(past + start, past + stop)))
+            _split(start, stop, past, squares, left)
             own_keys = stop - start
             path = range(cu_k[s] + root, cu_k[s + 1] - own_keys)  # places in kv_index
             if len(path):
                 above.setdefault(parents[s], ([], path))[0].extend(range(start, stop))
     result = [_block(group, None, True) for group in _similar(squares)]
+    result += [_block(group, None, False) for group in _similar(left)]
     if past and own_root:  # the rest of the root's rows sees what was computed before
         result.append(_block([(range(own_root), range(past))], None, False))
     if root and n > own_root:
         result.append(_block([(range(own_root, n), range(root))], None, False))
     return result + [_block(group, rows, False) for group in _similar(list(above.values()))]
+
+
+def _split(start: int, stop: int, past: int, squares: list[tuple[range, range]], left: list[tuple[range, range]]) -> None:
+    """The causal square of these rows as squares of at most `LARGEST_SQUARE` and the rectangles between them: the kernel takes
+    longer for a large square whose upper half is hidden than for all of it."""
+    if stop - start <= LARGEST_SQUARE:
+        if stop > start:
+            squares.append((range(start, stop), range(past + start, past + stop)))
+        return
+    middle = (start + stop) // 2
+    _split(start, middle, past, squares, left)
+    _split(middle, stop, past, squares, left)
+    left.append((range(middle, stop), range(past + start, past + middle)))
 
 
 _Groups = list[tuple["range | list[int]", range]]
@@ -133,11 +153,9 @@ def _block(groups: _Groups, kv_index: Tensor | None, own: bool) -> Block:
     k_rows = torch.tensor([[*keys, *[0] * (most_k - len(keys))] for _, keys in groups])
     n_q, n_k = (torch.tensor([len(group[i]) for group in groups]) for i in (0, 1))
     real_q, real_k = torch.arange(most_q) < n_q[:, None], torch.arange(most_k) < n_k[:, None]
-    hide = None
     if kv_index is not None:
         k_rows = torch.where(real_k, kv_index[k_rows], 0)
-        if not real_k.all():
-            hide = torch.where(real_k, 0.0, -math.inf)[:, None, None]
+    hide = None if own or real_k.all() else torch.where(real_k, 0.0, -math.inf)[:, None, None]
     place = None if real_q.all() else real_q.flatten().nonzero()[:, 0]
     return Block(q_rows, k_rows, place, q_rows.flatten() if place is None else q_rows.flatten()[place], hide, own)
 
@@ -211,6 +229,27 @@ class CpuAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         with no_autocast(d_out.device):
             return *backward(d_out, q, k, v, out, lse, ctx.layout, ctx.scale), None, None
+
+
+FEWEST_KEYS = 64  # of a cache, from which on `decode` is faster than the products by themselves
+
+
+def decode(
+    q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_own: Tensor, hide_own_B11K: Tensor, scale: float
+) -> Tensor:
+    """`decode_attention` in the accumulating dtype: q [B, H, D] -> [B, H, D]. hide_own: True for places that are not filled."""
+    batch, heads, dim = q.shape
+    kv_heads = k_own.shape[1]
+    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)  # heads that share keys are further queries of them
+    hide = torch.zeros(hide_own_B11K.shape, dtype=q.dtype).masked_fill_(hide_own_B11K, -math.inf)
+    out, lse = _forward(grouped, k_own, v_own, 0.0, False, attn_mask=hide, scale=scale)
+    out, lse = out.flatten(1, 2).view(q.shape), lse.reshape(batch, heads)
+    if k_root.shape[0]:
+        part, total = _forward(q.transpose(0, 1)[None], *(x.transpose(0, 1)[None] for x in (k_root, v_root)), scale=scale)
+        part, total = part[0], total[0].t()
+        after = torch.logaddexp(lse, total)
+        out = (out * (lse - after).exp_()[..., None]).addcmul_(part, (total - after).exp_()[..., None])
+    return out
 
 
 def refuses(q: Tensor, v: Tensor, window: int | None, softcap: float | None) -> str:

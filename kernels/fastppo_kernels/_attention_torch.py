@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _attention_cpu
 from ._attention_layout import Bucket, TreeLayout, hidden, layout_of
 from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
+from ._eager import is_eager
 from ._gather import add_rows_
 from ._products import no_autocast
 
@@ -357,6 +359,9 @@ def decode_attention(
     if work is not q.dtype:
         q, k_root, v_root, k_own, v_own = (x.to(work) for x in (q, k_root, v_root, k_own, v_own))
     with no_autocast(q.device):
+        long = k_own.shape[2] >= _attention_cpu.FEWEST_KEYS
+        if long and is_eager(q) and not _attention_cpu.refuses(q, v_own[0], window, softcap):
+            return _attention_cpu.decode(q, k_root, v_root, k_own, v_own, hide_own, scale).to(dtype)
         grouped, roots = q.view(batch, kv_heads, heads // kv_heads, dim), (k_root.transpose(0, 1), v_root.transpose(0, 1))
         out, _ = root_and_own_attention(grouped, *roots, k_own, v_own, hide_root, hide_own, scale, softcap, want_lse=False)
     return out.flatten(1, 2).to(dtype)

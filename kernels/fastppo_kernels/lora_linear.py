@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from . import _lora_ops
 from ._checks import check_both, check_device, check_float, check_number, check_shape
 from ._dispatch import VARIABLE, Backend, use_triton
+from ._eager import is_eager
+from ._products import no_autocast
 
 
 class LoRAProjection(NamedTuple):
@@ -84,6 +86,43 @@ class _LoRAGroup(torch.autograd.Function):
             grads, x_MK, mask_MG, projections, kept, ctx.needs_input_grad[0], needs, ctx.choice
         )
         return grad_x_MK, None, None, None, *(gradient for each in found for gradient in each)
+
+
+class _FoldedGroup(torch.autograd.Function):
+    """The same with each adapter folded into its weight, which is made again in backward rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, scales: tuple[float, ...], *flat: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_MK, *flat)
+        ctx.scales = scales
+        ctx.set_materialize_grads(False)
+        with no_autocast(x_MK.device):
+            return tuple(F.linear(x_MK, _lora_ops.fold(each), each.bias_N) for each in _lora_ops.projections_of(flat, scales))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_MK, *flat = ctx.saved_tensors
+        needs = _needs(ctx, len(ctx.scales))
+        projections = _lora_ops.projections_of(flat, ctx.scales)
+        with no_autocast(x_MK.device):
+            grad_x_MK, found = _lora_ops.folded_backward(grads, x_MK, projections, ctx.needs_input_grad[0], needs)
+        return grad_x_MK, None, *(gradient for grad_A, grad_B in found for gradient in (None, grad_A, grad_B, None))
+
+
+def _can_fold(x_MK: Tensor, mask_MG: Tensor | None, projections: Sequence[LoRAProjection]) -> bool:
+    """Whether W + B A is exact enough and less work than the adapter by itself: x has more rows than K N / (K + N)."""
+    if not is_eager(x_MK) or mask_MG is not None or x_MK.dtype not in (torch.float32, torch.float64):
+        return False
+    rows, width = x_MK.shape
+    for weight, lora_A, lora_B, _, bias in projections:
+        if weight.requires_grad or (bias is not None and bias.requires_grad) or weight.dtype != x_MK.dtype:
+            return False
+        if lora_A is not None and lora_B is not None and not lora_A.dtype == lora_B.dtype == x_MK.dtype:
+            return False
+        if rows * (width + weight.shape[0]) <= width * weight.shape[0]:
+            return False
+    return True
 
 
 def _needs(ctx: Any, projections: int) -> list[_lora_ops.Needs]:
@@ -161,6 +200,7 @@ def lora_linear_group(
     projections: Sequence[LoRAProjection],
     *,
     adapter_mask: Tensor | None = None,
+    fold: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` of several projections that share their input, such as q, k, v or gate, up.
@@ -171,6 +211,8 @@ def lora_linear_group(
         x: [..., K], as in `lora_linear`.
         projections: one `LoRAProjection` for each output; those without an adapter are plain linear maps.
         adapter_mask: as in `lora_linear`, for all projections; every rank must be a multiple of its number of columns.
+        fold: multiply by weight + scale B A, made for this call, where that is less work: on the CPU in float32 and float64,
+            for enough rows, without a mask. The result is that of the two products up to rounding; nothing is kept.
         backend: as in `lora_linear`.
 
     Returns:
@@ -194,11 +236,11 @@ def lora_linear_group(
         mask_MG = flatten_mask(adapter_mask, x, ranks)
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return checked_group(x, projections, mask_MG, backend)
+    return checked_group(x, projections, mask_MG, backend, fold)
 
 
 def checked_group(
-    x: Tensor, projections: Sequence[LoRAProjection], mask_MG: Tensor | None, backend: Backend | None
+    x: Tensor, projections: Sequence[LoRAProjection], mask_MG: Tensor | None, backend: Backend | None, fold: bool = False
 ) -> tuple[Tensor, ...]:
     """`lora_linear_group` of arguments that are checked, cast for autocast, with the mask as `flatten_mask` gives it."""
     leading = x.shape[:-1]
@@ -208,7 +250,9 @@ def checked_group(
     if use_triton(x, backend) and x.dtype != torch.float64:
         choice = "triton" if (backend or os.environ.get(VARIABLE)) == "triton" else "auto"
     flat = [tensor for weight, lora_A, lora_B, _, bias in projections for tensor in (weight, lora_A, lora_B, bias)]
-    if choice == "torch" and _is_small(x_MK, mask_MG, projections):
+    if fold and choice == "torch" and _can_fold(x_MK, mask_MG, projections):
+        outputs = _FoldedGroup.apply(x_MK, scales, *flat)
+    elif choice == "torch" and _is_small(x_MK, mask_MG, projections):
         outputs = tuple(_compose(x_MK, projection) for projection in projections)
     elif torch.is_grad_enabled():
         outputs = _LoRAGroup.apply(x_MK, mask_MG, scales, choice, *flat)

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._checks import check_device, check_float, check_shape
 from ._dispatch import Backend, use_triton
+from ._eager import is_eager
 
 # Rotated entries of a head for which there is a kernel; no known model has more than 256.
 _WIDEST = 256
@@ -20,6 +22,31 @@ def _rotated(x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     turned = turned * cos_BTR.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BTR.unsqueeze(1)
     turned = turned.to(x_BHTD.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+class _Turn(torch.autograd.Function):
+    """The same rotation to the bit, half by half, on the CPU in one dtype: few passes each way, and only the tables kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BTD, sin_BTD)
+        (x1, x2), (c1, c2), (s1, s2) = (x_BHTD.chunk(2, -1), *(t.unsqueeze(1).chunk(2, -1) for t in (cos_BTD, sin_BTD)))
+        out = torch.empty_like(x_BHTD)
+        out1, out2 = out.chunk(2, -1)
+        torch.mul(x1, c1, out=out1).sub_(x2 * s1)
+        torch.mul(x2, c2, out=out2).add_(x1 * s2)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor | None, ...]:
+        cos_BTD, sin_BTD = ctx.saved_tensors
+        (g1, g2), (c1, c2), (s1, s2) = (grad_BHTD.chunk(2, -1), *(t.unsqueeze(1).chunk(2, -1) for t in (cos_BTD, sin_BTD)))
+        grad_x = torch.empty_like(grad_BHTD)
+        grad1, grad2 = grad_x.chunk(2, -1)
+        torch.mul(g1, c1, out=grad1).addcmul_(g2, s2)
+        torch.mul(g2, c2, out=grad2).addcmul_(g1, s1, value=-1)
+        return grad_x, None, None
 
 
 @torch.library.custom_op("fastppo_kernels::rope", mutates_args=())
@@ -97,6 +124,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend | N
     if use_triton(q, backend) and torch.float64 not in (q.dtype, cos.dtype) and cos.shape[2] <= _WIDEST:
         q_BHTD, k_BHTD, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTD, k_BHTD, cos, sin))
         out = _rope(q_BHTD, k_BHTD, cos, sin, False)
+    elif is_eager(q) and cos.dtype == q.dtype and cos.shape[2] == head:
+        out = _Turn.apply(q_BHTD, cos, sin), _Turn.apply(k_BHTD, cos, sin)
     else:
         out = _rotated(q_BHTD, cos, sin), _rotated(k_BHTD, cos, sin)
     return (out[0][0].transpose(0, 1), out[1][0].transpose(0, 1)) if packed else out

@@ -14,7 +14,7 @@ import torch
 
 from bench import gpu
 from bench.gpu import Part, share
-from bench.record import ROOT, Record, machine
+from bench.record import ROOT, Figure, Record, machine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is no triton")
 
@@ -150,6 +150,31 @@ def test_one_that_dies_does_not_pass_off_older_figures_as_its_own(run, monkeypat
     assert run("raises")[0] == 1
 
 
+def test_out_of_memory_forgets_no_reference(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    figures, settings = {"it": Figure(8.0, "ratio", "higher")}, {"tokens": 4096}
+    old = Record("loop-of-7b", HERE, settings, figures, {"sources": "older"}, complete=True)
+    old.reference = {"it": {"value": 9.0, "unit": "ratio", "commit": "best"}}
+    old.save(tmp_path / "out" / "loop-of-7b.json")
+    stored = run("loop-of-7b")[-1]["loop-of-7b"]
+    assert stored.complete and not stored.figures and "out of memory" in stored.notes[0]
+    later = Record("loop-of-7b", HERE, settings, figures)
+    later.follow(stored)
+    assert later.reference["it"]["commit"] == "best" and later.losses() == {"it": pytest.approx(1 / 9)}
+
+
+def test_a_change_of_what_measures_makes_its_figures_old():
+    parts = {part.name: part for part in gpu.parts("cuda")}
+    for file, names in (
+        ("engine.py", {"update-7b", "decode-7b"}),
+        ("models.py", {"update-7b", "decode-7b", "loop-cola-7b", "ablations-cola-0.5b"}),
+        ("limits.py", {"ceilings", "update-7b", "decode-7b"}),
+        ("loop", {"loop-cola-7b", "ablations-cola-0.5b"}),
+    ):
+        chosen = ("ceilings", "update-7b", "decode-7b", "loop-cola-7b", "ablations-cola-0.5b")
+        assert {name for name in chosen if f"bench/{file}" in parts[name].places} == names
+
+
 def test_without_the_gpu_the_others_do_not_even_begin(run, monkeypatch):
     monkeypatch.setattr(gpu, "machine", lambda device: HERE)
     monkeypatch.setattr(gpu, "gpu_is_there", lambda: False)
@@ -208,7 +233,7 @@ def test_every_part_has_a_program_and_a_file_of_its_own():
             found = find_spec(part.command[1])
             assert found is not None, part.command[1]
             assert not found.submodule_search_locations or find_spec(f"{part.command[1]}.__main__") is not None
-            assert all((ROOT / folder).exists() for folder in part.folders)
+            assert part.places and all((ROOT / place).exists() for place in part.places)
     names = {part.name for part in gpu.parts("cuda")}
     for model in ("0.5b", "1.5b", "7b"):
         of_model = {f"update-{model}", f"decode-{model}"} | {f"loop-{x}-{model}" for x in ("cola", "few-shot", "gsm8k")}
@@ -217,7 +242,9 @@ def test_every_part_has_a_program_and_a_file_of_its_own():
 
 def test_the_list_and_what_only_takes(tmp_path, capsys):
     out = ["--device", "cpu", "--out", str(tmp_path)]
-    Record("decode-tiny", HERE, data={"sources": gpu.sources(*gpu._ENGINE)}, complete=True).save(tmp_path / "decode-tiny.json")
+    (decode,) = (part for part in gpu.parts("cpu") if part.name == "decode-tiny")
+    stamp = {"sources": gpu.sources(*decode.places)}
+    Record("decode-tiny", HERE, data=stamp, complete=True).save(tmp_path / "decode-tiny.json")
     assert gpu.main(["--list", *out, "--only", "loop-*-tiny", "code"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     states = dict(line.split()[:2] for line in lines)

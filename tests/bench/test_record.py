@@ -119,6 +119,61 @@ def test_the_reference_survives_the_file(tmp_path):
     assert third.reference["it"]["value"] == 12.0 and third.losses() == {} and second.losses().keys() == {"it"}
 
 
+def measured(*raw, on=CPU):
+    return Record("part", on, figures={"it": Figure.of(list(raw), "ratio", "higher")})
+
+
+def test_on_a_cpu_a_difference_within_the_spread_is_none():
+    """Its cores are shared; a GPU's are not, and there 5 % are 5 %."""
+    wide, lower, far = (8.0, 10.0, 12.0), (7.0, 9.0, 11.0), (7.0, 7.5, 8.0)
+    assert after(measured(*lower), measured(*wide)).losses() == {}
+    assert after(measured(*far), measured(*wide)).losses() == {"it": 0.25}
+    assert after(measured(*lower, on=GPU), measured(*wide, on=GPU)).losses() == {"it": pytest.approx(0.1)}
+    assert after(measured(9.59, 9.6, 9.61), measured(9.99, 10.0, 10.01)).losses() == {}  # apart, but under 5 %
+
+
+def test_on_a_cpu_luck_does_not_raise_the_reference():
+    usual, lucky, better = (8.0, 10.0, 12.0), (8.5, 10.5, 12.5), (14.0, 15.0, 16.0)
+    assert after(measured(1.0), measured(*usual), measured(*lucky)).reference["it"]["value"] == 10.0
+    assert after(measured(1.0), measured(*usual), measured(*better)).reference["it"]["value"] == 15.0
+    on_gpu = [measured(*raw, on=GPU) for raw in (usual, lucky)]
+    assert after(measured(1.0, on=GPU), *on_gpu).reference["it"]["value"] == 10.5
+
+
+def test_a_reference_from_before_there_were_quartiles_counts(tmp_path):
+    old = record(10.0)
+    old.reference = {"it": {"value": 12.0, "unit": "ratio", "commit": "x"}}
+    assert after(measured(8.9, 9.0, 9.1), old).losses() == {"it": 0.25}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"figures": {"it": {"value": "ten", "unit": "ratio", "better": "higher"}}},
+        {"figures": {"it": {"value": True, "unit": "ratio", "better": "higher"}}},
+        {"figures": {"it": {"value": 10.0, "unit": "ratio", "better": "higher", "raw": [1.0, "x"]}}},
+        {"figures": {"it": {"value": 10.0, "unit": "ratio", "better": "higher", "raw": None}}},
+        {"reference": {"it": {"value": "ten", "unit": "ratio"}}}, {"reference": {"it": 10.0}}, {"reference": []},
+        {"reference": {"it": {"unit": "ratio"}}}, {"machine": []}, {"settings": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_file_is_no_reference(tmp_path, change):
+    path = tmp_path / "part.json"
+    record(10.0).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    now = record(5.0)
+    now.follow(Record.load(path))
+    assert now.reference == {} and now.losses() == {}
+
+
+@pytest.mark.parametrize("junk", [None, "x", 3, [1.0], [1.0, "x"], {}])
+def test_damaged_quartiles_are_as_none(tmp_path, junk):
+    now = record(5.0)
+    now.reference = {"it": {"value": 10.0, "unit": "ratio", "quartiles": junk}}
+    assert now.losses() == {"it": 0.5}
+
+
 def test_settings_that_a_file_writes_otherwise_are_the_same(tmp_path):
     """JSON has neither tuples nor keys that are numbers."""
     settings = {"sizes": (1, 2), "by rank": {16: "a"}}
@@ -267,6 +322,15 @@ def test_a_digest_of_the_sources(repository):
     (repository / "fastppo" / "sub").mkdir()
     (repository / "fastppo" / "sub" / "c.py").write_text("c = 3\n")
     assert len({first, changed, renamed, sources("fastppo", "kernels")}) == 4
+
+
+def test_a_digest_of_single_files(repository):
+    one = sources("fastppo", "bench/loop/a.py")
+    assert one != sources("fastppo")
+    (repository / "bench" / "loop" / "b.py").write_text("another\n")
+    assert sources("fastppo", "bench/loop/a.py") == one
+    (repository / "bench" / "loop" / "a.py").write_text("a = 2\n")
+    assert sources("fastppo", "bench/loop/a.py") != one
 
 
 def test_the_folder_of_a_device(monkeypatch):

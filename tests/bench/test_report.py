@@ -250,6 +250,22 @@ def test_loop_tables(results):
     assert "25.0 % of TRL's time is garbage collection" in page
 
 
+def test_what_a_workload_is_and_what_no_phase_of_trl_has(results):
+    record = loop()
+    record.data |= {"workload": {"what": "80-token *instruction*", "prompts": 64, "samples": 1}, "trl_other": 40.0}
+    page = results.add(record).report()
+    assert "- CoLA-like, tiny: 80-token \\*instruction\\*; 64 prompts an iteration, samples of each: 1\n\n|" in page
+    assert ["", "", "", "", "all else", "40.0", "50 %"] in table_rows(page)
+
+
+def test_the_full_engine_is_one_row_of_the_ablations(results):
+    record = ablated()
+    record.figures["full: MiB"] = Figure(30.0, "MiB", "lower")
+    record.data["rows"].insert(0, {"idea": "full", "samples_per_s": 150.0, "ratio": 1.0, "peak_MiB": 30.0})
+    page = results.add(record).report()
+    assert ["nothing: the full engine", "150", "", "30.0", ""] in table_rows(page) and not table_rows(page, "| full |")
+
+
 def test_ablations_kernels_and_check(results):
     limit = row("limit", 25.0, ratio=0.85)
     kernels = ops(row("torch", 60.0, note="chunked"), row("fastppo", 30.0), out_of_memory("liger"), limit)
@@ -281,8 +297,10 @@ def test_what_is_left_to_measure(results):
 def test_no_results_at_all(results):
     results.folder.mkdir()
     page = results.report()
-    cells = table_rows(page.split("## Goals")[1].split("\n## ")[0])[2:]
-    assert len(cells) == len(GOALS) and {row[-1] for row in cells} == {"not measured"}
+    goals = page.split("## Goals")[1].split("\n## ")[0]
+    for kind in ("CPU", "GPU"):
+        cells = table_rows(goals.split(f"### On a {kind}")[1].split("\n### ")[0])[2:]
+        assert len(cells) == sum(goal.kind == kind for goal in GOALS) and {row[-1] for row in cells} == {"not measured"}
 
 
 # ---- worse than before

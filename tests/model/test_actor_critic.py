@@ -66,12 +66,15 @@ def test_adapters_compute_as_in_peft(kind, monkeypatch):
     module = importlib.import_module("fastppo_kernels.lora_linear")
     monkeypatch.setattr(module, "_SMALL_WORK", 0)  # tiny as the model is, not the composition that peft has, too
     calls = []
-    monkeypatch.setattr(module._lora_ops, "backward", lambda *a, real=module._lora_ops.backward: calls.append(1) or real(*a))
+    for name in ("backward", "folded_backward"):
+        real = getattr(module._lora_ops, name)
+        monkeypatch.setattr(module._lora_ops, name, lambda *a, real=real: calls.append(1) or real(*a))
     tree, found = make_tree(), []
     for patched in (True, False):
         model = make_model(kind)
         if not patched:
             unpatch_peft(model.peft)
+            model.backbone.llama = None
         before = len(calls)
         scores = model.forward(tree, temperature=1.0)
         (scores.logprob.square().sum() + scores.entropy.sum()).backward()
