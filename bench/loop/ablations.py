@@ -42,7 +42,7 @@ def without_tree(loop: FastppoLoop) -> Iterator[None]:
         yield
 
 
-def _padded_hidden(backbone: Backbone, tree: TokenTree) -> Tensor:
+def _padded_hidden(backbone: Backbone, tree: TokenTree, rows_R: Tensor | None = None) -> Tensor:
     rows = torch.as_tensor(np.maximum(tree.paths, 0), device=tree.token_ids.device)
     real = torch.as_tensor(tree.paths >= 0, device=rows.device)
     ids = torch.where(real, tree.token_ids[rows], 0)
@@ -51,7 +51,7 @@ def _padded_hidden(backbone: Backbone, tree: TokenTree) -> Tensor:
     places = np.nonzero(tree.paths >= 0)
     _, first = np.unique(tree.paths[places], return_index=True)
     flat = torch.as_tensor(places[0][first] * tree.paths.shape[1] + places[1][first], device=out.device)
-    return out.flatten(0, 1)[flat]
+    return out.flatten(0, 1)[flat if rows_R is None else flat[rows_R]]
 
 
 @contextmanager
@@ -95,9 +95,18 @@ def _plain_ppo_loss(
 
 @contextmanager
 def without_kernels(loop: FastppoLoop) -> Iterator[None]:
-    """peft's own layers, and the torch form of every op; attention by its definition (SDPA on a GPU)."""
+    """transformers' and peft's own layers, and the torch form of every op; attention by its definition (SDPA on a GPU)."""
     attention = "torch" if loop.device.type == "cpu" else "sdpa"
     with mock.patch.dict(os.environ, {"FASTPPO_KERNELS": "torch", "FASTPPO_ATTENTION": attention}):
+        with mock.patch.object(loop.model.backbone, "llama", None):
+            yield
+
+
+@contextmanager
+def without_reuse(_: FastppoLoop) -> Iterator[None]:
+    """The first optimizer step computes again what the estimates computed."""
+    estimate = ppo.estimate
+    with mock.patch.object(ppo, "estimate", lambda *args, **kwargs: estimate(*args, **kwargs | {"before_update": False})):
         yield
 
 
@@ -141,8 +150,9 @@ IDEAS: list[Idea] = [
     ("tree", "every sample a row of a padded batch in estimates and update", without_tree, {}),
     ("shared critic", "the critic has an adapter and a pass of its own", None, {"value.adapter": "true"}),
     ("chunked head", "all logits at once, through autograd", with_whole_logits, {}),
-    ("kernels", "peft's layers and the plain form of every op", without_kernels, {}),
+    ("kernels", "transformers' and peft's layers, the plain form of every op", without_kernels, {}),
     ("sampler", "transformers' generate on padded prompts", without_sampler, {}),
+    ("reused forward", "the first step computes again what the estimates computed", without_reuse, {}),
 ]
 
 

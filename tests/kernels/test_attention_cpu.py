@@ -132,9 +132,35 @@ def test_many_siblings_of_very_different_lengths_below_several_parents():
     check(layout, seed=3)
 
 
-def test_every_key_of_every_query_is_multiplied_once():
-    """As the module says; and every query has its own square in the first call that it is in."""
-    layout = make_layout(random.Random(5), root=6, segments=14, longest=9, past=2)
+@pytest.mark.parametrize("lengths", [[128, 129, 130, 64], [300, 1, 520, 257], [1030]])
+@pytest.mark.parametrize("root", [False, True])
+def test_long_segments(lengths, root):
+    """Longer than the largest square that is one call: rectangles between smaller squares."""
+    paths, rows = [(range(0), lengths[0])], lengths[0]
+    for own in lengths[1:]:
+        paths.append((range(lengths[0] - 1), own))
+        rows += own
+    layout = layout_of(paths, root=lengths[0] - 1 if root else 0)
+    assert any(isinstance(b.q_rows_SQ, slice) or not b.own for b in _attention_cpu.blocks_of(layout))
+    tensors = inputs(layout, 2, 1, 4)
+    assert_close(results(layout, tensors), exact(layout, tensors))
+
+
+@few
+@given(st.integers(0, 9999))
+def test_squares_are_cut_wherever_they_are_long(seed):
+    rng = random.Random(seed)
+    layout = make_layout(rng, root=rng.choice([0, 3, 90]), segments=rng.randint(1, 5), longest=rng.choice([30, 200]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_attention_cpu, "LARGEST_SQUARE", 24)
+        check(layout, (2, 1), seed=seed)
+
+
+@pytest.mark.parametrize("largest", [24, 1000])
+def test_every_key_of_every_query_is_multiplied_once(monkeypatch, largest):
+    """As the module says; and every query has its own square in the first call that it is in, and no call has it twice."""
+    monkeypatch.setattr(_attention_cpu, "LARGEST_SQUARE", largest)
+    layout = make_layout(random.Random(5), root=6, segments=9, longest=60, past=2)
     pairs, begun = torch.zeros_like(seen(layout), dtype=torch.int64), set()
     for block in _attention_cpu.blocks_of(layout):
         q_rows, k_rows = (
@@ -151,7 +177,9 @@ def test_every_key_of_every_query_is_multiplied_once():
                     assert (query in begun) != block.own
                     for j, key in enumerate(keys):
                         pairs[query, key] += int(shown[j] and (not block.own or j <= i))
-        begun |= set(q_rows.flatten()[real].tolist())
+        members = q_rows.flatten()[real].tolist()
+        assert len(set(members)) == len(members)
+        begun |= set(members)
     assert torch.equal(pairs, seen(layout).long())
 
 
