@@ -137,7 +137,8 @@ def _transformers_generate(
         base.set_attn_implementation(NAME)
     tokens = out.sequences[:, longest:]
     logprobs = [
-        logits.float().log_softmax(-1).gather(1, tokens[:, i : i + 1])[:, 0] for i, logits in enumerate(out.logits)
+        (logits.float() / sampling.temperature).log_softmax(-1).gather(1, tokens[:, i : i + 1])[:, 0]
+        for i, logits in enumerate(out.logits)
     ]
     return Rollout(prompts, [
         Sample(i // samples, row, of_row, "length", "")

@@ -74,13 +74,18 @@ class Block(NamedTuple):
         return full.view(x_SQ.shape)
 
 
+def _dense(x: Tensor) -> Tensor:
+    """The kernel reads numbers side by side, whatever the last stride says."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
     if isinstance(rows, slice):
         return x[rows][None]
     return x.index_select(0, rows.view(-1)).view(*rows.shape, *x.shape[1:])  # copied row by row, not number by number
 
 
-LARGEST_SQUARE = 128
+LARGEST_SQUARE = 128  # at least 32: see `_blocks`
 
 
 def blocks_of(layout: TreeLayout) -> list[Block]:
@@ -163,7 +168,7 @@ def _block(groups: _Groups, kv_index: Tensor | None, own: bool) -> Block:
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [T, H], both in the accumulating dtype."""
     dtype = accumulate_dtype(q.dtype)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = (_dense(x.to(dtype)) for x in (q, k, v))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2])
     for block in blocks_of(layout):
         hide = None if block.hide_S11K is None else block.hide_S11K.to(dtype)
@@ -190,7 +195,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV, in the inputs' dtypes."""
     dtype = accumulate_dtype(q.dtype)
-    d_out, work_q, work_k, work_v = (x.to(dtype) for x in (d_out, q, k, v))
+    d_out, work_q, work_k, work_v = (_dense(x.to(dtype)) for x in (d_out, q, k, v))
     dq, dk, dv = torch.empty_like(work_q), torch.zeros_like(work_k), torch.zeros_like(work_v)
     for block in blocks_of(layout):
         hide = None if block.hide_S11K is None else block.hide_S11K.to(dtype)
@@ -240,8 +245,9 @@ def decode(
     """`decode_attention` in the accumulating dtype: q [B, H, D] -> [B, H, D]. hide_own: True for places that are not filled."""
     batch, heads, dim = q.shape
     kv_heads = k_own.shape[1]
-    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)  # heads that share keys are further queries of them
     hide = torch.zeros(hide_own_B11K.shape, dtype=q.dtype).masked_fill_(hide_own_B11K, -math.inf)
+    q, k_root, v_root, k_own, v_own = (_dense(x) for x in (q, k_root, v_root, k_own, v_own))
+    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)  # heads that share keys are further queries of them
     out, lse = _forward(grouped, k_own, v_own, 0.0, False, attn_mask=hide, scale=scale)
     out, lse = out.flatten(1, 2).view(q.shape), lse.reshape(batch, heads)
     if k_root.shape[0]:

@@ -286,6 +286,16 @@ def test_the_sampler_draws_the_same(kind, slots):
     assert (model.policy_logprob(tree, temperature=0.8)[0] - got).abs().max() < 1e-4
 
 
+def test_the_sampler_has_the_adapter_of_now():
+    """Nothing that an earlier rollout made of the weights outlives it."""
+    model, prompts = make("qwen2"), random_prompts(1, 4, root=8)
+    for seed in (1, 2, 3):
+        spread_adapter(model, POLICY, 0.1, seed=seed)
+        rollout = generate(model, prompts, 2, Sampling(max_new_tokens=5), seed=0)
+        got = torch.tensor([x for s in rollout.samples for x in s.logprobs])
+        assert (model.policy_logprob(tree_of_rollout(rollout), temperature=1.0)[0] - got).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bfloat16_base_is_as_exact_as_the_modules(kind):
     """Against float64 with the same weights: hidden states, and all gradients together."""
