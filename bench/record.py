@@ -138,6 +138,7 @@ class Record:
     complete: bool = False
 
     def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(self))
 
     @classmethod

@@ -65,6 +65,7 @@ def main() -> int:
     settings = compare.settings_of(workload, args.model, dtype, iterations)
     record = Record(part, machine(device), settings)
     record.follow(Record.load(out))
+    out.parent.mkdir(parents=True, exist_ok=True)  # an error before all the work, not after it
     begun = time.monotonic()
     deadline = begun + 60 * args.minutes
     if args.ablations:

@@ -43,9 +43,9 @@ class Workload:
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("cola", "80-token instruction, a short sentence, 4 new tokens", 80, (8, 24), 4, 64, 1, 24),
-        Workload("few-shot", "200-token instruction with examples, a short sentence, 4 new tokens", 200, (8, 24), 4, 64, 1, 24),
-        Workload("gsm8k", "100-token prompts that share nothing, 4 samples each, 256 new tokens", 0, (80, 120), 256, 16, 4, 12),
+        Workload("cola", "80-token instruction, a short sentence, 4 new tokens", 80, (8, 24), 4, 64, 1, 20),
+        Workload("few-shot", "200-token instruction with examples, a short sentence, 4 new tokens", 200, (8, 24), 4, 64, 1, 20),
+        Workload("gsm8k", "100-token prompts that share nothing, 4 samples each, 256 new tokens", 0, (80, 120), 256, 16, 4, 10),
     )
 }  # fmt: skip
 LR = 1e-3
