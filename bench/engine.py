@@ -47,7 +47,7 @@ from fastppo.config import Config, LoraConfig, PpoConfig
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.rollout.decoder import make_decoder
 from fastppo.rollout.sampler import Sampling, generate
-from fastppo.trainer import _make_torch_repeatable
+from fastppo.trainer import make_torch_repeatable
 
 from . import memory, models
 from .gpu_checks.run import same
@@ -376,7 +376,7 @@ def _peak(device: torch.device, call: Callable[[], object]) -> float:
 
 def measure(kind: str, name: str, device: torch.device, out: Path, deadline: float, sizes: Sizes | None = None) -> int:
     """The part `update-NAME` or `decode-NAME`, into `out`; the exit status. deadline: of `time.monotonic`."""
-    _make_torch_repeatable()  # as a run is
+    make_torch_repeatable()  # as a run is
     sizes = sizes or sizes_of(name)
     run = Measurement(f"{kind}-{name}", device, sizes, {"model": name, "rank": RANK}, out, deadline)
     if kind == "update":

@@ -108,13 +108,13 @@ def ppo_iteration(
         )  # fmt: skip
     with timed("score"):
         rewards = score(rollout)
-    with timed("estimate"):
+    with timed("estimate"):  # the first iteration shares no forward with the update: its first ratio is a check
         minibatches = pack_rollout(
             rollout, minibatches=config.ppo.minibatches, budget=model.micro_batch_tokens,
             padded=not model.backbone.packed, device=model.device, rng=_rng(config, PPO_UPDATE, step),
         )  # fmt: skip
         estimates = ppo.estimate(
-            model, minibatches, rollout, rewards, kl_coef, config, before_update=not critic_only
+            model, minibatches, rollout, rewards, kl_coef, config, before_update=step > 0 and not critic_only
         )
     check(estimates)
     with timed("update"):
@@ -173,7 +173,7 @@ class Trainer:
 
     def __init__(self, config: Config, run: Path, console: rich.console.Console, stop: Interruptible):
         self.config, self.run, self.console, self.stop = config, run, console, stop
-        _make_torch_repeatable()
+        make_torch_repeatable()
         self.task = get_task(config.task)
         self.dataset = load_data(self.task, config.data, config.seed)
         self.model = ActorCritic(load_base(config), config)
@@ -455,6 +455,8 @@ class Trainer:
         )
         if self.dataset.note:
             note(self.dataset.note)
+        if self.model.backbone.modules_because:
+            note(f"{self.model.backbone.modules_because}; running transformers' modules, with the same results")
         if not self.model.backbone.packed:
             kind = type(self.model.base.model).__name__
             note(f"{kind}: {self.model.backbone.padded_because}; running padded, with the same results")
@@ -509,7 +511,7 @@ def _versions() -> dict[str, str]:
     return {"fastppo": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def _make_torch_repeatable() -> None:
+def make_torch_repeatable() -> None:
     """The same bits on the same machine: what resuming rests on."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -146,11 +146,19 @@ def _transformers_generate(
     ])  # fmt: skip
 
 
+@contextmanager
+def without_trunk(loop: FastppoLoop) -> Iterator[None]:
+    """transformers' modules instead of our own forward of the trunk, with our LoRA layers and attention."""
+    with mock.patch.object(loop.model.backbone, "llama", None):
+        yield
+
+
 Idea = tuple[str, str, Callable[[FastppoLoop], AbstractContextManager[None]] | None, dict[str, str]]
 IDEAS: list[Idea] = [
-    ("tree", "every sample a row of a padded batch in estimates and update", without_tree, {}),
+    ("own trunk", "transformers' modules, with our LoRA layers and attention", without_trunk, {}),
+    ("tree", "a row for each sample in estimates and update; without own trunk as well", without_tree, {}),
     ("shared critic", "the critic has an adapter and a pass of its own", None, {"value.adapter": "true"}),
-    ("chunked head", "all logits at once, through autograd", with_whole_logits, {}),
+    ("chunked head", "all logits of the update at once, through autograd", with_whole_logits, {}),
     ("kernels", "transformers' and peft's layers, the plain form of every op", without_kernels, {}),
     ("sampler", "transformers' generate on padded prompts", without_sampler, {}),
     ("reused forward", "the first step computes again what the estimates computed", without_reuse, {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 WARM_UP = 1  # iterations that are not counted; the last one is not either: there the phases are timed
 FEWEST = 3  # pairs that a ratio may rest on
 MEMORY_SECONDS = 900
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class TimeIsUp(Exception):
@@ -36,7 +38,7 @@ class TimeIsUp(Exception):
 
 def settings_of(workload: Workload, model: str, dtype: torch.dtype, iterations: int) -> dict[str, Any]:
     return {
-        "model": model, "dtype": str(dtype).removeprefix("torch."), "workload": workload.name, "what": workload.what,
+        "model": model, "dtype": str(dtype).removeprefix("torch."), "workload": workload.name,
         "template": workload.template, "own": list(workload.own), "response": workload.response, "prompts": workload.prompts,
         "samples": workload.samples, "iterations": iterations, "epochs": EPOCHS, "optimizer_steps_per_epoch": 1,
         "lora_rank": RANK, "lora_alpha": ALPHA, "lora_targets": "all-linear", "lr": LR, "kl_coef": KL_COEF,
@@ -60,18 +62,23 @@ def measure(
     iterations = record.settings["iterations"]
     prompts = prompts_of(workload, _vocab(model), iterations)
     data = record.data
-    data["workload"] = {key: record.settings[key] for key in ("what", "template", "own", "response", "prompts", "samples")}
+    data["workload"] = {"what": workload.what}
+    data["workload"] |= {key: record.settings[key] for key in ("template", "own", "response", "prompts", "samples")}
     data["samples_per_iteration"] = workload.batch
     missing = peers.missing("TRL")
     if missing:
         record.notes.append(missing)
         _alone(record, FastppoLoop(model, workload, iterations, device, dtype), prompts, deadline)
-    else:
-        _pairs(record, workload, model, prompts, device, dtype, deadline)
+    else:  # a part of the time is for the memory, which is measured in processes of their own
+        _pairs(record, workload, model, prompts, device, dtype, deadline - 0.25 * max(0.0, deadline - time.monotonic()))
+    _free()
     record.save(out)
     for engine in ("fastppo",) if missing or record.figures.get("trl samples/s") is None else ("fastppo", "trl"):
         _memory(record, engine, workload, model, device, deadline, data.get("trl_micro_batch", workload.batch))
         record.save(out)
+    trl_counts = not missing and not any("TRL: out of memory" in note for note in record.notes)
+    wanted = {"fastppo samples/s", "fastppo MiB", *(("ratio", "trl MiB") if trl_counts else ())}
+    record.complete = wanted <= record.figures.keys()
     if "fastppo MiB" in record.figures and "trl MiB" in record.figures:
         ratio = record.figures["fastppo MiB"].value / record.figures["trl MiB"].value
         record.figures["memory ratio"] = Figure(ratio, "ratio", "lower")
@@ -87,57 +94,93 @@ def _pairs(
     record: Record, workload: Workload, model: str, prompts: list[list[list[int]]], device: torch.device, dtype: torch.dtype,
     deadline: float,
 ) -> None:  # fmt: skip
-    """Alternating where both fit on the device; else one after the other, TRL with smaller micro-batches until it fits."""
+    """Alternating where both fit on the device, else one after the other; TRL with the micro-batch that is fastest for it."""
     from .trl import TrlLoop
 
-    ours: FastppoLoop | None = FastppoLoop(model, workload, len(prompts), device, dtype)
-    seconds: list[float] = []
-    micro_batch = workload.batch
-    while True:
-        try:
-            trl = TrlLoop(model, workload, prompts, device, dtype, micro_batch)
-            if ours is None:
-                _alternate(record, trl, None, prompts, deadline)
-            else:
-                seconds = _alternate(record, trl, ours, prompts, deadline)
-            break
-        except torch.OutOfMemoryError:
-            trl = None  # type: ignore[assignment]
-            if ours is None and micro_batch == 1:
-                record.notes.append("TRL: out of memory, even with one sample at a time")
-                return
-            if ours is None:
-                micro_batch //= 2
-                _free()
-                continue
-            record.notes.append("both engines together found no memory: measured one after the other, not alternating")
-            ours = None
-            _free()
-            seconds = _alone(record, FastppoLoop(model, workload, len(prompts), device, dtype), prompts, deadline)
-            _free()
+    data, figures, batch = record.data, record.figures, workload.batch
+    micro_batch = _fastest_micro_batch(record, workload, model, prompts, device, dtype, deadline)
+    ours = FastppoLoop(model, workload, len(prompts), device, dtype)
+    if micro_batch is None:
+        _alone(record, ours, prompts, deadline)
+        return
+
+    def beside(ours: FastppoLoop | None) -> Any:
+        trl = TrlLoop(model, workload, prompts, device, dtype, micro_batch)
+        return _alternate(record, trl, ours, prompts, deadline)
+
+    pair = _if_it_fits(lambda: beside(ours))
+    if pair is not None:
+        trl, seconds = pair
+        _keep_ours(record, ours, seconds[WARM_UP : len(prompts) - 1])
+    else:
+        record.notes.append("both engines together found no memory: measured one after the other, not alternating")
+        del ours
+        _free()
+        seconds = _alone(record, FastppoLoop(model, workload, len(prompts), device, dtype), prompts, deadline)
+        _free()
+        alone = _if_it_fits(lambda: beside(None))
+        if alone is None:
+            record.notes.append("TRL: out of memory")
+            return
+        trl = alone[0]
     counted = slice(WARM_UP, min(len(prompts) - 1, len(trl.seconds), len(seconds)))
     theirs, own = trl.seconds[counted], seconds[counted]
     if len(own) < FEWEST:
         record.notes.append(f"only {len(own)} counted iterations: no ratio")
         return
-    data, figures, batch = record.data, record.figures, workload.batch
-    data["trl_micro_batch"] = micro_batch
     figures["ratio"] = Figure.of([a / b for a, b in zip(theirs, own, strict=True)], "ratio", "higher")
     figures["trl samples/s"] = Figure.of([batch / s for s in theirs], "samples/s")
-    if ours is not None:
-        _keep_ours(record, ours, own)
     data["curves"]["trl"], data["learned"]["trl"] = trl.curve, learned(trl.curve)
     data["phases"]["trl"] = trl.phases
     if trl.phases and len(trl.seconds) == len(prompts):
-        # The collector also walks what fastppo holds in this process, so what it costs TRL is shown by itself.
+        # The collector also walks the objects of our engine, so what it costs TRL is shown by itself.
         data["trl_gc_share"] = trl.phases.get("gc.collect", 0.0) / trl.seconds[-1]
         data["trl_other"] = trl.seconds[-1] - sum(trl.phases.values())
 
 
+def _if_it_fits(call: Callable[[], Any]) -> Any:
+    """What the call returns; None where the device has no memory for it, of which nothing is held any more then."""
+    result = None
+    try:
+        result = call()
+    except RuntimeError as error:
+        if not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+            raise
+    if result is None:  # the error, and with it the frames that held memory, is gone by now
+        _free()
+    return result
+
+
+def _fastest_micro_batch(
+    record: Record, workload: Workload, model: str, prompts: list[list[list[int]]], device: torch.device, dtype: torch.dtype,
+    deadline: float,
+) -> int | None:  # fmt: skip
+    """The samples a forward and backward with which TRL is quickest (the second of two iterations), of the whole batch, a
+    quarter and a sixteenth of it; one sample where none of them fits; None: not even that does."""
+    from .trl import TrlLoop
+
+    found: dict[int, float] = {}
+    for size in (workload.batch, workload.batch // 4, workload.batch // 16, 1):
+        if size == 1 and found or size == 0 or (found and time.monotonic() > deadline):
+            continue
+        trl = _if_it_fits(lambda size=size: TrlLoop(model, workload, prompts[:2], device, dtype, size).all())  # type: ignore[misc]
+        if trl is not None:
+            found[size] = trl.seconds[-1]
+        trl = None
+        _free()
+    record.data["trl_seconds_by_micro_batch"] = found
+    if not found:
+        record.notes.append("TRL: out of memory, even with one sample at a time")
+        return None
+    record.data["trl_micro_batch"] = best = min(found, key=found.__getitem__)
+    print("TRL alone, seconds by micro-batch: " + ", ".join(f"{size}: {s:.2f}" for size, s in found.items()), flush=True)
+    return best
+
+
 def _alternate(
     record: Record, trl: TrlLoop, ours: FastppoLoop | None, prompts: list[list[list[int]]], deadline: float
-) -> list[float]:
-    """TRL runs its loop; between two of its iterations ours runs one on the same prompts. The seconds of ours."""
+) -> tuple[TrlLoop, list[float]]:
+    """TRL runs its loop; between two of its iterations ours runs one on the same prompts. TRL, and the seconds of ours."""
     seconds: list[float] = []
     last = len(prompts) - 1
 
@@ -153,7 +196,7 @@ def _alternate(
         trl.run(between)
     except TimeIsUp:
         record.notes.append(f"stopped after {len(trl.curve)} of {len(prompts)} iterations: no more time")
-    return seconds
+    return trl, seconds
 
 
 def _line(i: int, trl: float, ours: float, trl_reward: float, our_reward: float) -> str:

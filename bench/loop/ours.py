@@ -13,14 +13,14 @@ from bench.models import random_base
 from fastppo.algorithms import optim
 from fastppo.batch.rollout import Rollout
 from fastppo.model.actor_critic import ActorCritic
-from fastppo.trainer import Iteration, ppo_iteration
+from fastppo.trainer import Iteration, make_torch_repeatable, ppo_iteration
 
 from .workloads import Workload, engine_config, good_tokens
 
 
 class FastppoLoop:
-    """One run of PPO. ``curve``: mean reward of each iteration. ``phases``: seconds of those of the iterations that were timed.
-    ``responses``: new tokens of an iteration; ``tree_tokens`` and ``padded_tokens``: of the last iteration's batch.
+    """One run of PPO, with torch as repeatable as ``fastppo train`` makes it. ``curve``: mean reward of each iteration.
+    ``phases``: seconds of those of the iterations that were timed. ``tree_tokens``, ``padded_tokens``: of the last batch.
     """
 
     name = "fastppo"
@@ -42,11 +42,16 @@ class FastppoLoop:
 
     def iterate(self, prompts: list[list[int]], *, timed: bool = False) -> float:
         """One iteration; the seconds that it took."""
-        synchronize(self.device)
-        start = time.perf_counter()
-        done = self.run(prompts, timed)
-        synchronize(self.device)
-        seconds = time.perf_counter() - start
+        before = torch.are_deterministic_algorithms_enabled()
+        make_torch_repeatable()
+        try:
+            synchronize(self.device)
+            start = time.perf_counter()
+            done = self.run(prompts, timed)
+            synchronize(self.device)
+            seconds = time.perf_counter() - start
+        finally:
+            torch.use_deterministic_algorithms(before)  # TRL does not ask for it
         self.step += 1
         self.curve.append(sum(done.rewards) / len(done.rewards))
         trees = [part.tree for mini in done.minibatches for part in mini.parts]

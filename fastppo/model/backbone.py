@@ -68,10 +68,11 @@ class Backbone:
 
     ``packed`` (else ``padded_because`` says why not): whether the model's attention goes through transformers' attention
     interface, so that each token of the tree is computed once. Otherwise the tree's leaves run as a right-padded batch (for
-    example MPT with its ALiBi). ``llama``: our own forward of a packed trunk, where it is of that shape.
+    example MPT with its ALiBi). ``llama``: our own forward of a packed trunk, where it is of that shape
+    (``modules_because`` says why not, where it is).
     """
 
-    padded_because = ""
+    padded_because = modules_because = ""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -135,9 +136,12 @@ class Backbone:
         original = self.model.config._attn_implementation
         context, limit = tree_attention.TreeContext(tree.layout), 1e-3 if full else 0.06
         if self.llama is not None:  # an error in it would be ours, and is not caught
-            if self._error(tree, self.run(tree.token_ids, tree.positions, context), own) <= limit:
+            error = self._error(tree, self.run(tree.token_ids, tree.positions, context), own)
+            if error <= limit:
+                self.padded_because = ""
                 self.model.set_attn_implementation(tree_attention.NAME)
                 return True
+            self.modules_because = f"our own forward of it is {error:.2g} off its own (allowed: {limit:g})"
             self.llama, context.calls = None, 0
         self.padded_because = "transformers' attention interface does not reach it"
         try:

@@ -31,6 +31,9 @@ class Decoder(Protocol):
         """Let all sequences go but those at these places; returns the old places in their new order."""
 
 
+FOLD_FROM = 8  # new tokens
+
+
 class PackedDecoder:
     """Slots of a key-value cache over a shared root.
 
@@ -52,10 +55,10 @@ class PackedDecoder:
         self.capacity = max(len(p) for p in prompts) - self.root_length + max_new_tokens
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.host_lengths: list[int] = []
-        # The policy stands still while it samples. In float32 on the CPU its adapters may then become part of (copies of) the
-        # weights: each step has a third of the products to start. In half precision that would round what was learned away.
+        # The policy stands still while it samples. In float32 on the CPU its adapters may then become part of copies of the
+        # weights: each of many steps has a third of the products to start. Half precision would round away what was learned.
         plain = self.device.type == "cpu" and backbone.head.weight.dtype == torch.float32
-        self.folded: dict[Any, Any] | None = {} if plain else None
+        self.folded: dict[Any, Any] | None = {} if plain and max_new_tokens >= FOLD_FROM else None
 
     def room(self) -> int:
         return self.slots - len(self.host_lengths)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ._checks import check_device, check_index, check_integer, check_range
 from ._gather import Occurrences, occurrences
-from ._products import no_autocast as no_autocast  # for the back ends
 
 T = TypeVar("T")
 

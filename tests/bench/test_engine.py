@@ -29,7 +29,7 @@ def quick(monkeypatch):
     """Ceilings that take no time, of 1 TFLOP/s and 10 GB/s."""
     found = {"GEMM": engine.Figure(1.0, "TFLOP/s"), "copy": engine.Figure(10.0, "GB/s")}
     monkeypatch.setattr(engine, "ceilings", lambda device, seconds: found)
-    monkeypatch.setattr(engine, "_make_torch_repeatable", lambda: None)  # which would hold for the tests after these
+    monkeypatch.setattr(engine, "make_torch_repeatable", lambda: None)  # which would hold for the tests after these
 
 
 def soon(seconds: float = 60.0) -> float:

@@ -263,7 +263,7 @@ def test_the_whole_comparison(run, tmp_path, monkeypatch):
     assert figures["memory ratio"].value == pytest.approx(figures["fastppo MiB"].value / figures["trl MiB"].value)
     weights = sum(p.numel() for p in random_model("tiny", CPU, FP32).parameters()) * 4 / 2**20
     assert figures["fastppo MiB"].value > weights and figures["trl MiB"].value > 2 * weights  # TRL has a second model
-    assert record.settings["iterations"] == 5 and record.data["trl_micro_batch"] == SMALL.batch
+    assert record.settings["iterations"] == 5 and record.data["trl_micro_batch"] in (2, SMALL.batch)
     for engine in ("fastppo", "trl"):
         assert len(record.data["curves"][engine]) == 5 and all(0 <= x <= 1 for x in record.data["curves"][engine])
         assert sum(record.data["phases"][engine].values()) > 0 and record.data["process_MiB"][engine] > 100
@@ -311,15 +311,20 @@ def stand_in(monkeypatch, fits=lambda micro_batch, others: True, runs_out_after=
             if not fits(micro_batch, bool(ours)):  # ours is let go of before TRL tries again
                 raise torch.OutOfMemoryError("CUDA out of memory")
             self.prompts, self.seconds, self.curve, self.phases = prompts, [], [], {}
+            self.time = seconds(micro_batch) if callable(seconds) else seconds
 
         def run(self, between):
             for i in range(len(self.prompts)):
-                if len(made) == 1 and i == runs_out_after:
+                if ours and i == runs_out_after:
                     raise torch.OutOfMemoryError("CUDA out of memory")
-                self.seconds.append(seconds)
+                self.seconds.append(self.time)
                 self.curve.append(0.5)
                 if between(i):
-                    self.phases = {"generation": 0.9 * seconds, "gc.collect": 0.05 * seconds}
+                    self.phases = {"generation": 0.9 * self.time, "gc.collect": 0.05 * self.time}
+
+        def all(self):
+            self.run(lambda i: False)
+            return self
 
     monkeypatch.setattr(module, "TrlLoop", Stand)
     monkeypatch.setattr(compare, "FastppoLoop", Ours)
@@ -333,25 +338,34 @@ ONE_BY_ONE = "both engines together found no memory: measured one after the othe
 def test_what_does_not_fit_together_is_measured_one_after_the_other(run, monkeypatch, late):
     made = stand_in(monkeypatch, lambda micro, together: late or not together, 2 if late else None)
     _, record, printed = run("--iterations", "6")
-    assert made == [SMALL.batch, SMALL.batch] and record.notes == [ONE_BY_ONE] and ONE_BY_ONE in printed
+    assert made == [8, 2, 8, 8] and record.notes == [ONE_BY_ONE] and ONE_BY_ONE in printed
     assert record.data["trl_micro_batch"] == SMALL.batch
     assert len(record.figures["ratio"].raw) == 4 == len(record.figures["fastppo samples/s"].raw)
     assert {engine: len(curve) for engine, curve in record.data["curves"].items()} == {"fastppo": 6, "trl": 6}
     assert record.data["trl_gc_share"] == pytest.approx(0.05)
 
 
-def test_trl_gets_smaller_micro_batches_until_it_fits(run, monkeypatch):
-    made = stand_in(monkeypatch, lambda micro, together: micro <= 2)
+@pytest.mark.parametrize("largest", [2, 1])
+def test_trl_gets_smaller_micro_batches_until_it_fits(run, monkeypatch, largest):
+    made = stand_in(monkeypatch, lambda micro, together: micro <= largest)
     _, record, _ = run("--iterations", "5")
-    assert made == [8, 8, 4, 2] and record.data["trl_micro_batch"] == 2 and record.notes[0] == ONE_BY_ONE
+    assert made == ([8, 2, 2] if largest == 2 else [8, 2, 1, 1])
+    assert record.data["trl_micro_batch"] == largest and record.notes == []
     assert record.figures["ratio"].value > 0
+
+
+def test_trl_gets_the_micro_batch_that_is_fastest_for_it(run, monkeypatch):
+    made = stand_in(monkeypatch, seconds=lambda micro: 0.2 if micro == 2 else 0.5)
+    _, record, printed = run("--iterations", "5")
+    assert made == [8, 2, 2] and record.data["trl_micro_batch"] == 2
+    assert record.data["trl_seconds_by_micro_batch"] == {"8": 0.5, "2": 0.2} and "8: 0.50, 2: 0.20" in printed
 
 
 def test_trl_that_fits_nowhere_is_a_note(run, monkeypatch, tmp_path):
     made = stand_in(monkeypatch, lambda micro, together: False)
     status, record, _ = run("--iterations", "5")
-    assert made == [8, 8, 4, 2, 1] and status == 0 and record.complete
-    assert record.notes == [ONE_BY_ONE, "TRL: out of memory, even with one sample at a time"]
+    assert made == [8, 2, 1] and status == 0 and record.complete
+    assert record.notes == ["TRL: out of memory, even with one sample at a time"]
     assert record.figures.keys() == {"fastppo samples/s", "fastppo MiB"} and run.asked == ["fastppo"]
     assert "out of memory, even with one sample" in page_of(run.out, tmp_path)
 
@@ -380,7 +394,8 @@ def test_a_memory_process_that_dies_or_takes_too_long_is_a_note(run, monkeypatch
     monkeypatch.setattr(compare.subprocess, "run", lambda *args, **how: next(answers))
     status, record, _ = run("--iterations", "5")
     lines = [f"peak memory of {engine}: not measured (no time, or out of memory)" for engine in ("fastppo", "trl")]
-    assert status == 0 and record.notes == lines and "memory ratio" not in record.figures and "ratio" in record.figures
+    assert status == 3 and not record.complete and record.notes == lines
+    assert "memory ratio" not in record.figures and "ratio" in record.figures
 
     def slow(*args, **how):
         raise subprocess.TimeoutExpired("x", how["timeout"])

@@ -29,7 +29,7 @@ VOCAB = config_of("tiny").vocab_size
 SMALL = Workload("cola", "made up", template=6, own=(2, 6), response=3, prompts=4, samples=2, iterations=5)
 PROMPTS = prompts_of(SMALL, VOCAB, 8)
 CONTEXTS = {name: context for name, _, context, _ in IDEAS if context is not None}
-EQUAL = ["tree", "chunked head", "kernels", "reused forward"]  # which draw the same tokens
+EQUAL = ["own trunk", "tree", "chunked head", "kernels", "reused forward"]  # which draw the same tokens
 
 
 def make(settings=None, spread=0.02):
@@ -116,7 +116,7 @@ def test_without_the_tree_the_batch_is_padded():
         done = loop.run(PROMPTS[0], False)
     longest = max(map(len, PROMPTS[0])) + SMALL.response - 1  # the last token is only a target
     assert set(seen) == {((SMALL.batch, longest), "sdpa")}
-    assert len(seen) == 1 + 1 + loop.config.ppo.epochs - 1  # policy (kept for the first step), reference, the other steps
+    assert len(seen) == 1 + 1 + loop.config.ppo.epochs  # policy, reference, steps: the first iteration keeps no forward
     assert sum(part.tree.n_tokens for part in done.minibatches[0].parts) < SMALL.batch * longest
 
 
@@ -202,6 +202,7 @@ def test_without_reuse_the_first_step_has_a_forward_of_its_own():
     counts, real = {}, ActorCritic.states
     for name in (FULL, "reused forward"):
         loop, calls = make(), []
+        loop.step = 1  # the first iteration keeps no forward
         with mock.patch.object(ActorCritic, "states", lambda self, tree, calls=calls: calls.append(1) or real(self, tree)):
             with without(name, loop) if name != FULL else nullcontext():
                 loop.run(PROMPTS[0], False)
