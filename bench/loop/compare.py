@@ -21,7 +21,7 @@ from bench.memory import peak
 from bench.record import ROOT, Figure, Record
 
 from .ours import FastppoLoop
-from .workloads import ALPHA, EPOCHS, KL_COEF, LR, RANK, Workload, prompts_of
+from .workloads import ALPHA, EPOCHS, LR, RANK, Workload, prompts_of
 
 if TYPE_CHECKING:
     from .trl import TrlLoop
@@ -41,7 +41,7 @@ def settings_of(workload: Workload, model: str, dtype: torch.dtype, iterations: 
         "model": model, "dtype": str(dtype).removeprefix("torch."), "workload": workload.name,
         "template": workload.template, "own": list(workload.own), "response": workload.response, "prompts": workload.prompts,
         "samples": workload.samples, "iterations": iterations, "epochs": EPOCHS, "optimizer_steps_per_epoch": 1,
-        "lora_rank": RANK, "lora_alpha": ALPHA, "lora_targets": "all-linear", "lr": LR, "kl_coef": KL_COEF,
+        "lora_rank": RANK, "lora_alpha": ALPHA, "lora_targets": "all-linear", "lr": LR, "kl_coef": workload.kl_coef,
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from bench.models import config_of, random_model
 
 from .ours import synchronize
-from .workloads import ALPHA, EPOCHS, KL_COEF, LR, RANK, Workload, good_tokens
+from .workloads import ALPHA, EPOCHS, LR, RANK, Workload, good_tokens
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -87,7 +87,7 @@ class TrlLoop:
             output_dir=tempfile.gettempdir(), per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=workload.batch // micro_batch, num_mini_batches=1, num_ppo_epochs=EPOCHS,
             local_rollout_forward_batch_size=min(64, workload.batch), response_length=workload.response,
-            total_episodes=workload.batch * len(prompts), num_sample_generations=0, learning_rate=LR, kl_coef=KL_COEF,
+            total_episodes=workload.batch * len(prompts), num_sample_generations=0, learning_rate=LR, kl_coef=workload.kl_coef,
             temperature=1.0, stop_token=None, missing_eos_penalty=None, gradient_checkpointing=False, bf16=False,
             use_cpu=device.type == "cpu", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
         )  # fmt: skip

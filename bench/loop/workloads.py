@@ -23,6 +23,8 @@ class Workload:
 
     template: tokens that all prompts begin with. own: shortest and longest rest of a prompt, uniform. response: new tokens of
     every sample (nothing ends early). prompts, samples: of an iteration, and of each prompt. iterations: for the comparison.
+    kl_coef: weight of the KL to the base, a sum over a sample's tokens, beside a reward of at most 1 a sample: so that the
+    rule is worth learning.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Workload:
     prompts: int
     samples: int
     iterations: int
+    kl_coef: float
 
     @property
     def batch(self) -> int:
@@ -43,13 +46,15 @@ class Workload:
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("cola", "80-token instruction, a short sentence, 4 new tokens", 80, (8, 24), 4, 64, 1, 20),
-        Workload("few-shot", "200-token instruction with examples, a short sentence, 4 new tokens", 200, (8, 24), 4, 64, 1, 20),
-        Workload("gsm8k", "100-token prompts that share nothing, 4 samples each, 256 new tokens", 0, (80, 120), 256, 16, 4, 10),
+        Workload("cola", "80-token instruction, a short sentence, 4 new tokens",
+                 80, (8, 24), 4, 64, 1, 20, 0.05),
+        Workload("few-shot", "200-token instruction with examples, a short sentence, 4 new tokens",
+                 200, (8, 24), 4, 64, 1, 20, 0.05),
+        Workload("gsm8k", "100-token prompts that share nothing, 4 samples each, 256 new tokens",
+                 0, (80, 120), 256, 16, 4, 10, 0.0005),
     )
 }  # fmt: skip
 LR = 1e-3
-KL_COEF = 0.05
 EPOCHS = 4
 RANK, ALPHA = 16, 32
 
@@ -81,7 +86,7 @@ def engine_config(
         "seed": 0, "device": device, "dtype": str(dtype).removeprefix("torch."),
         "lora.rank": RANK, "lora.alpha": ALPHA, "value.coef": 0.1, "value.clip": 0.2,
         "ppo.iterations": iterations, "ppo.prompts": workload.prompts, "ppo.samples": workload.samples, "ppo.epochs": EPOCHS,
-        "ppo.minibatches": 1, "ppo.lr": LR, "ppo.schedule": "linear", "ppo.warmup": 0, "ppo.kl_coef": KL_COEF,
+        "ppo.minibatches": 1, "ppo.lr": LR, "ppo.schedule": "linear", "ppo.warmup": 0, "ppo.kl_coef": workload.kl_coef,
         "ppo.kl_estimator": "k1", "ppo.clip": 0.2, "ppo.gamma": 1.0, "ppo.lam": 0.95, "ppo.adam_eps": 1e-8,
         "ppo.max_grad_norm": 1e9, "ppo.reference": "base", "sample.max_new_tokens": workload.response,
         "sample.temperature": 1.0,

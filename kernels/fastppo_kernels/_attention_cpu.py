@@ -252,7 +252,7 @@ def decode(
     out, lse = out.flatten(1, 2).view(q.shape), lse.reshape(batch, heads)
     if k_root.shape[0]:
         part, total = _forward(q.transpose(0, 1)[None], *(x.transpose(0, 1)[None] for x in (k_root, v_root)), scale=scale)
-        part, total = part[0], total[0].t()
+        part, total = part[0].transpose(0, 1), total[0].t()
         after = torch.logaddexp(lse, total)
         out = (out * (lse - after).exp_()[..., None]).addcmul_(part, (total - after).exp_()[..., None])
     return out

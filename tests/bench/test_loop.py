@@ -26,7 +26,7 @@ from fastppo.batch.token_tree import common_prefix
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 VOCAB = config_of("tiny").vocab_size
-SMALL = Workload("cola", "made up", template=6, own=(2, 4), response=3, prompts=4, samples=2, iterations=5)
+SMALL = Workload("cola", "made up", template=6, own=(2, 4), response=3, prompts=4, samples=2, iterations=5, kl_coef=0.05)
 needs_trl = pytest.mark.skipif(peers.missing("TRL") is not None, reason=str(peers.missing("TRL")))
 
 
@@ -86,7 +86,7 @@ def test_our_settings_are_trls():
     assert (config.ppo.prompts, config.ppo.samples, config.ppo.iterations) == (4, 2, 7)
     assert (config.ppo.epochs, config.ppo.minibatches, config.ppo.lr) == (workloads.EPOCHS, 1, workloads.LR)
     assert (config.sample.max_new_tokens, config.sample.temperature, config.sample.top_k) == (3, 1.0, 0)
-    assert (config.ppo.kl_coef, config.ppo.reference, config.ppo.schedule) == (workloads.KL_COEF, "base", "linear")
+    assert (config.ppo.kl_coef, config.ppo.reference, config.ppo.schedule) == (SMALL.kl_coef, "base", "linear")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (workloads.RANK, workloads.ALPHA, "all-linear")
     assert config.value.adapter
 

@@ -11,7 +11,7 @@ from test_attention import dense, inputs, make_layout, seen
 
 from fastppo.batch.token_tree import build_tree
 from fastppo_kernels import _attention_cpu
-from fastppo_kernels.attention import TreeLayout, _choose, attention_backends, tree_attention
+from fastppo_kernels.attention import TreeLayout, _choose, attention_backends, decode_attention, tree_attention
 
 HEADS = st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)])
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -396,3 +396,24 @@ def test_nothing_but_its_inputs_and_sums_is_kept_for_backward():
         tree_attention(*tensors, layout, backend="cpu")
     tokens = layout.n_queries
     assert sum(kept) == sum(x.numel() for x in tensors) + tokens * 4 * 8 + tokens * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 4, 2), (4, 4, 2), (7, 4, 1), (3, 2, 2)])
+@pytest.mark.parametrize("root", [0, 1, 90])
+def test_decoding_over_a_long_cache(root, batch, heads, kv_heads, dtype, monkeypatch):
+    """One token a sequence: root and cache in calls of their own, against the products of the torch form."""
+    generator = torch.Generator().manual_seed(batch + root)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    longest = _attention_cpu.FEWEST_KEYS + 9
+    q, k_root, v_root = make(batch, heads, 16), make(root, kv_heads, 16), make(root, kv_heads, 16)
+    k_own, v_own = make(batch, kv_heads, longest, 16), make(batch, kv_heads, longest, 16)
+    lengths = torch.randint(1, longest + 1, (batch,), generator=generator)
+    v_own[0, :, lengths[0] :] = torch.nan if lengths[0] < longest else 0.0
+    v_own = v_own.nan_to_num(1e4) if dtype == torch.bfloat16 else v_own.nan_to_num(1e9)  # nobody looks there
+    found = decode_attention(q, k_root, v_root, k_own, v_own, lengths)
+    monkeypatch.setattr(_attention_cpu, "FEWEST_KEYS", longest + 1)
+    wanted = decode_attention(q, k_root, v_root, k_own, v_own, lengths)
+    assert found.shape == (batch, heads, 16) and found.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
