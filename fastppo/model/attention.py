@@ -67,15 +67,18 @@ class DecodeContext:
         folded: dict[Any, Any] | None = None,
     ):
         self.root, self.own, self.lengths, self.longest = root, own, lengths, longest
-        self.slots = torch.arange(lengths.shape[0], device=lengths.device)
+        self.rows: dict[int, Tensor] = {}  # by key heads: of the newest keys, the cache's first three dimensions as one
         self.calls = 0
         self.folded = folded
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         k_own, v_own = self.own[layer]
-        k_own[self.slots, :, self.lengths - 1] = k
-        v_own[self.slots, :, self.lengths - 1] = v
-        n = self.lengths.shape[0]
+        n, heads = k.shape[:2]
+        if heads not in self.rows:
+            first = torch.arange(n * heads, device=k.device).view(n, heads) * k_own.shape[2]
+            self.rows[heads] = (first + self.lengths[:, None] - 1).flatten()
+        for cache, new in ((k_own, k), (v_own, v)):
+            cache.view(-1, new.shape[2]).index_copy_(0, self.rows[heads], new.flatten(0, 1))
         k_own, v_own = k_own[:n, :, : self.longest], v_own[:n, :, : self.longest]
         return decode_attention(q, *self.root[layer], k_own, v_own, self.lengths, **options)
 

@@ -22,7 +22,9 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2 import Qwen2Model
 from transformers.models.qwen3 import Qwen3Model
 
-from fastppo_kernels import LoRAProjection, lora_linear_group, rms_norm, rope, swiglu
+from fastppo_kernels import LoRAProjection, frozen_linear, lora_linear_group, rms_norm, rope, row_multiple, swiglu
+
+FEWEST_PADDED = 256  # tokens: below, the rows that padding adds would be too many
 
 SHAPES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
@@ -42,13 +44,22 @@ class LlamaTrunk:
     def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None) -> Tensor:
         """[T, H], or [R, H] of ``rows_R``."""
         context.calls += len(self.layers)
+        tokens, wanted = len(token_ids_T), None if rows_R is None else len(rows_R)
+        multiple = row_multiple(token_ids_T.device, self.trunk.embed_tokens.weight.dtype)
+        if tokens >= FEWEST_PADDED:  # with rows that nobody looks at: products of many different sizes would be slow
+            token_ids_T, positions_T = (F.pad(x, (0, -tokens % multiple)) for x in (token_ids_T, positions_T))
+            rows_R = None if rows_R is None else F.pad(rows_R, (0, -len(rows_R) % multiple))
         x_TH = self.trunk.embed_tokens(token_ids_T)
         cos, sin = self.trunk.rotary_emb(x_TH[None], positions_T[None])
         for layer in self.layers[:-1]:
-            x_TH = self._layer(layer, x_TH, cos[0], sin[0], context, None)
-        return _norm(self.trunk.norm, self._layer(self.layers[-1], x_TH, cos[0], sin[0], context, rows_R))
+            x_TH = self._layer(layer, x_TH, cos[0], sin[0], context, tokens, None)
+        x_TH = self._layer(self.layers[-1], x_TH, cos[0], sin[0], context, tokens, rows_R)
+        return _norm(self.trunk.norm, x_TH[: tokens if wanted is None else wanted])
 
-    def _layer(self, layer: Any, x_TH: Tensor, cos: Tensor, sin: Tensor, context: Any, rows: Tensor | None) -> Tensor:
+    def _layer(
+        self, layer: Any, x_TH: Tensor, cos: Tensor, sin: Tensor, context: Any, tokens: int, rows: Tensor | None
+    ) -> Tensor:
+        """The first ``tokens`` rows are real."""
         attention, mlp = layer.self_attn, layer.mlp
         heads = (x_TH.shape[0], -1, attention.head_dim)
         project = partial(_project, context.folded)
@@ -57,8 +68,11 @@ class LlamaTrunk:
         if hasattr(attention, "q_norm"):  # Qwen3
             q, k = _norm(attention.q_norm, q), _norm(attention.k_norm, k)
         q, k = rope(q, k, cos, sin)
+        q, k, v = (x[:tokens] for x in (q, k, v))
         seen = context.attend(attention.layer_idx, q, k, v, scale=attention.scaling, window=_window(attention), softcap=None)
-        if rows is not None:
+        if rows is None:
+            seen = F.pad(seen, (0, 0, 0, 0, 0, len(x_TH) - tokens))
+        else:
             seen, x_TH = seen[rows], x_TH[rows]
         x_TH = x_TH + project(seen.flatten(1), attention.o_proj)[0]
         gate, up = project(_norm(layer.post_attention_layernorm, x_TH), mlp.gate_proj, mlp.up_proj)
@@ -90,7 +104,7 @@ def _project(folded: dict[Any, Any] | None, x_TK: Tensor, *modules: nn.Module) -
             folded[modules[0]] = _fold(x_TK, modules)
         if folded[modules[0]] is not None:
             weight, bias, sizes = folded[modules[0]]
-            return F.linear(x_TK, weight, bias).split(sizes, -1)
+            return frozen_linear(x_TK, weight, bias).split(sizes, -1)
     projections = [_projection(module) for module in modules]
     if all(projection is not None and projection.weight.dtype == x_TK.dtype for projection in projections):
         return lora_linear_group(x_TK, projections, fold=True)  # type: ignore[arg-type]

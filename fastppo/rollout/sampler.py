@@ -74,24 +74,23 @@ def generate(
     running: list[_Running] = []
     waiting = 0  # the first prompt not yet admitted
 
-    def draw(hidden_rows: torch.Tensor, rows: torch.Tensor, members: list[_Running]) -> torch.Tensor:
-        logits = head.logits(hidden_rows)[rows]
+    def draw(logits: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, members: list[_Running]) -> torch.Tensor:
         tokens, logprobs = sample(
             logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed,
-            sequence_ids_B=torch.tensor([first_id + m.index for m in members], device=logits.device),
-            step_B=torch.tensor([len(m.tokens) for m in members], device=logits.device),
+            sequence_ids_B=ids, step_B=steps,
         )  # fmt: skip
         for member, token, logprob in zip(members, tokens.tolist(), logprobs.tolist(), strict=True):
             member.tokens.append(token)
             member.logprobs.append(logprob)
         return tokens
 
-    tokens = torch.zeros(0, dtype=torch.int64, device=model.device)
+    # Of each running sequence the newest token, its id and how many tokens it has.
+    tokens, ids, steps = torch.zeros(3, 0, dtype=torch.int64, device=model.device)
     while running or waiting < len(prompts):
         check()
         if running:
-            hidden = decoder.step(tokens)
-            tokens = draw(hidden, torch.arange(len(running), device=model.device), running)
+            tokens = draw(head.logits(decoder.step(tokens)), ids, steps, running)
+            steps = steps + 1
         room = decoder.room()
         if running and room < slots // 4:
             room = 0  # a refill costs a prefill call: wait until it is worth one
@@ -100,8 +99,10 @@ def generate(
             chosen = range(waiting, waiting + admitted)
             new = [_Running(p * samples + k, p, [], []) for p in chosen for k in range(samples)]
             ends = decoder.admit([prompts[p] for p in chosen], [samples] * admitted)
-            rows = torch.arange(admitted, device=model.device).repeat_interleave(samples)
-            tokens = torch.cat([tokens, draw(ends, rows, new)])
+            new_ids = torch.arange(waiting * samples, (waiting + admitted) * samples, device=model.device) + first_id
+            first = draw(head.logits(ends).repeat_interleave(samples, 0), new_ids, torch.zeros_like(new_ids), new)
+            tokens, ids = torch.cat([tokens, first]), torch.cat([ids, new_ids])
+            steps = torch.cat([steps, torch.ones_like(new_ids)])
             running += new
             waiting += admitted
         going = []
@@ -114,7 +115,8 @@ def generate(
         if len(going) < len(running):
             order = decoder.keep(going)
             running = [running[i] for i in order]
-            tokens = tokens[torch.tensor(order, dtype=torch.int64, device=model.device)]
+            kept = torch.tensor(order, dtype=torch.int64, device=model.device)
+            tokens, ids, steps = tokens[kept], ids[kept], steps[kept]
     return Rollout(prompts, [finished[i] for i in range(len(prompts) * samples)])
 
 

@@ -5,6 +5,7 @@ Every operation has a readable torch implementation that runs on any device, the
 """
 
 from .attention import TreeLayout, attention, attention_backends, decode_attention, tree_attention
+from .frozen_linear import frozen_linear, row_multiple
 from .gae import gae, whiten
 from .kl import KLEstimator, sampled_kl
 from .linear_logprob import linear_logprob
@@ -33,6 +34,7 @@ __all__ = [
     "attention",
     "attention_backends",
     "decode_attention",
+    "frozen_linear",
     "gae",
     "linear_logprob",
     "linear_ppo_loss",
@@ -48,6 +50,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_lora",
     "rope",
+    "row_multiple",
     "sample",
     "sampled_kl",
     "selective_log_softmax",

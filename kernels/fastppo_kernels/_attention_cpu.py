@@ -236,28 +236,6 @@ class CpuAttention(torch.autograd.Function):
             return *backward(d_out, q, k, v, out, lse, ctx.layout, ctx.scale), None, None
 
 
-FEWEST_KEYS = 64  # of a cache, from which on `decode` is faster than the products by themselves
-
-
-def decode(
-    q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_own: Tensor, hide_own_B11K: Tensor, scale: float
-) -> Tensor:
-    """`decode_attention` in the accumulating dtype: q [B, H, D] -> [B, H, D]. hide_own: True for places that are not filled."""
-    batch, heads, dim = q.shape
-    kv_heads = k_own.shape[1]
-    hide = torch.zeros(hide_own_B11K.shape, dtype=q.dtype).masked_fill_(hide_own_B11K, -math.inf)
-    q, k_root, v_root, k_own, v_own = (_dense(x) for x in (q, k_root, v_root, k_own, v_own))
-    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)  # heads that share keys are further queries of them
-    out, lse = _forward(grouped, k_own, v_own, 0.0, False, attn_mask=hide, scale=scale)
-    out, lse = out.flatten(1, 2).view(q.shape), lse.reshape(batch, heads)
-    if k_root.shape[0]:
-        part, total = _forward(q.transpose(0, 1)[None], *(x.transpose(0, 1)[None] for x in (k_root, v_root)), scale=scale)
-        part, total = part[0].transpose(0, 1), total[0].t()
-        after = torch.logaddexp(lse, total)
-        out = (out * (lse - after).exp_()[..., None]).addcmul_(part, (total - after).exp_()[..., None])
-    return out
-
-
 def refuses(q: Tensor, v: Tensor, window: int | None, softcap: float | None) -> str:
     """Why this form cannot do it; empty if it can."""
     if q.device.type != "cpu":

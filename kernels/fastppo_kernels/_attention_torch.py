@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _attention_cpu
 from ._attention_layout import Bucket, TreeLayout, hidden, layout_of
 from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
-from ._eager import is_eager
 from ._gather import add_rows_
 from ._products import no_autocast
 
@@ -32,13 +30,12 @@ def root_and_own_attention(
     hide_own: Tensor,
     scale: float,
     softcap: float | None,
-    want_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over keys that all segments share and keys of each segment's own.
 
     q [S, Hkv, G*Q, D]; k_root, v_root [Hkv, C, D]; k_own, v_own [S, Hkv, K, D]; hide_* boolean, True where a key is not
-    seen, [S, 1, Q, K or C]. Returns out [S, Hkv, G*Q, D] and the log of the softmax's denominator [S, Hkv, G*Q, 1] (anything
-    where it is not wanted), in the dtype of ``q`` (the callers pass fp32). Every query sees at least one key of its own.
+    seen, [S, 1, Q, K or C]. Returns out [S, Hkv, G*Q, D] and the log of the softmax's denominator [S, Hkv, G*Q, 1], in the
+    dtype of ``q`` (the callers pass fp32). Every query sees at least one key of its own.
     """
     s_root, s_own = _scores(q, k_root, k_own, hide_root, hide_own, scale, softcap)
     top = s_own.amax(-1, keepdim=True)
@@ -50,7 +47,7 @@ def root_and_own_attention(
         p_root = s_root.sub_(top).exp_()
         total += p_root.sum(-1, keepdim=True)
         out += _by_root(p_root, v_root)
-    return out.div_(total), top + total.log() if want_lse else top
+    return out.div_(total), top + total.log()
 
 
 def _scores(
@@ -359,11 +356,12 @@ def decode_attention(
     if work is not q.dtype:
         q, k_root, v_root, k_own, v_own = (x.to(work) for x in (q, k_root, v_root, k_own, v_own))
     with no_autocast(q.device):
-        long = k_own.shape[2] >= _attention_cpu.FEWEST_KEYS
-        if long and is_eager(q) and not _attention_cpu.refuses(q, v_own[0], window, softcap):
-            return _attention_cpu.decode(q, k_root, v_root, k_own, v_own, hide_own, scale).to(dtype)
         grouped, roots = q.view(batch, kv_heads, heads // kv_heads, dim), (k_root.transpose(0, 1), v_root.transpose(0, 1))
-        out, _ = root_and_own_attention(grouped, *roots, k_own, v_own, hide_root, hide_own, scale, softcap, want_lse=False)
+        s_root, s_own = _scores(grouped, roots[0], k_own, hide_root, hide_own, scale, softcap)
+        p = torch.softmax(torch.cat([s_root, s_own], -1) if root else s_own, -1)
+        out = p[..., root:] @ v_own
+        if root:
+            out += _by_root(p[..., :root], roots[1])
     return out.flatten(1, 2).to(dtype)
 
 

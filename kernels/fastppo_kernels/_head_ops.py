@@ -16,9 +16,10 @@ from torch import Tensor
 from . import _rows
 from ._checks import accumulate_dtype
 from ._eager import eager_or
-from ._gather import occurrences
+from ._gather import add_rows_, occurrences
 from ._products import no_autocast, product
 from ._rows import Actions, Statistics, Transform
+from .frozen_linear import row_multiple
 
 # Rows of the head whose weight gradient is made at a time: bounds the float32 product before it is added.
 _WEIGHT_ROWS = 16384
@@ -43,6 +44,15 @@ def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
 
 
+def _padded(hidden_RH: Tensor, dtype: torch.dtype, chunk_rows: int) -> Tensor:
+    """Hidden states with rows of 0 after them where the last chunk's products with a weight of this dtype are faster for it."""
+    multiple = row_multiple(hidden_RH.device, dtype)
+    missing = -len(hidden_RH) % multiple
+    if missing == 0 or chunk_rows % multiple or len(hidden_RH) < multiple:
+        return hidden_RH
+    return torch.nn.functional.pad(hidden_RH, (0, 0, 0, missing))
+
+
 def _finite(x: Tensor) -> Tensor:
     """x, 0 where it is not finite: for products with gradients, which are 0 in rows that the loss does not look at and NaN in
     all other such rows, so that nothing is hidden."""
@@ -54,7 +64,8 @@ def _new_statistics(like: Tensor, dtype: torch.dtype, actions: int, rows: int) -
 
 
 def _actions(targets_A: Tensor, rows_A: Tensor | None, rows: int, use_triton: bool) -> Actions:
-    return Actions(targets_A, rows_A, *(occurrences(rows_A, rows) if use_triton and rows_A is not None else ()))
+    sort = rows_A is not None and (use_triton or rows_A.is_cpu)
+    return Actions(targets_A, rows_A, *(occurrences(rows_A, rows) if sort and rows_A is not None else ()))
 
 
 class _Head(NamedTuple):
@@ -274,21 +285,42 @@ def _linear_logprob(
     chunk_rows: int,
     logits_dtype: torch.dtype,
     want_argmax: bool,
+    ahead: int,
     use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob_A, entropy_A, argmax_R, maximum_R, log S_R, entropy_R)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob_A, entropy_A, argmax_R, maximum_R, log S_R, entropy_R, mean_RH, slope_RH).
+
+    Without a softcap the gradients of a row are, in the hidden state and up to logit_scale / temperature,
+
+        d log p_y = W_y - sum_j p_j W_j = W_y - mean        d H = -sum_j p_j (log p_j + H) W_j = -slope
+
+    W the rows of weight and adapter together: apart from what the loss makes of them, all that takes the logits is known in the
+    forward. ahead: 1 makes mean_RH there, 2 slope_RH, too (in the torch twin); backward, for the hidden state alone and at 1
+    for the log-probs alone, then has no product left. At 0 they are empty and backward makes the logits again.
+    """
+    real, hidden_RH = len(hidden_RH), _padded(hidden_RH, weight_VH.dtype, chunk_rows)
     rows = len(hidden_RH)
     head = _Head(weight_VH, bias_V, lora_A_KH, lora_B_VK, lora_scale, logits_dtype)
     bias, actions = head.rounded_bias(), _actions(targets_A, rows_A, rows, use_triton)
     transform = Transform(logit_scale, temperature, softcap)
     out = _new_statistics(hidden_RH, weight_VH.dtype, len(targets_A), rows)
     argmax_R = targets_A.new_empty(rows if want_argmax else 0)
+    mean, slope = (_HeadGradient(hidden_RH, head, [ahead >= least, *[False] * 4]) for least in (1, 2))
     for chunk in _chunks(rows, chunk_rows):
-        _kernels(use_triton).statistics(
+        softmax = _kernels(use_triton).statistics(
             head.logits(hidden_RH[chunk]), bias, chunk.start, actions, transform, out, argmax_R if want_argmax else None
         )
-    entropy_A = out.entropy_R.clone() if rows_A is None else out.entropy_R[rows_A]
-    return out.logprob_A, entropy_A, argmax_R, *out[1:]
+        if ahead:
+            mean.add(chunk, softmax.weight_RV)
+            mean.all[0][chunk] /= softmax.total_R[:, None]
+        if ahead == 2:
+            shift_C1 = (out.entropy_R - out.log_sum_R)[chunk, None]
+            slope.add(chunk, softmax.product_RV.addcmul_(softmax.weight_RV, shift_C1))
+            slope.all[0][chunk] /= softmax.total_R[:, None]
+        del softmax  # before the next chunk is made
+    entropy_A = out.entropy_R[:real].clone() if rows_A is None else out.entropy_R[rows_A]
+    maximum_R, log_sum_R, entropy_R = (tensor[:real] for tensor in out[1:])
+    return out.logprob_A, entropy_A, argmax_R[:real], maximum_R, log_sum_R, entropy_R, mean.all[0][:real], slope.all[0][:real]
 
 
 linear_logprob = torch.library.custom_op("fastppo_kernels::linear_logprob", mutates_args=())(_linear_logprob)
@@ -296,10 +328,46 @@ linear_logprob = torch.library.custom_op("fastppo_kernels::linear_logprob", muta
 
 @linear_logprob.register_fake
 def _(hidden_RH: Tensor, weight_VH: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    targets_A, want_argmax = others[3], others[-2]
+    targets_A, (want_argmax, ahead, _) = others[3], others[-3:]
     rows, actions = hidden_RH.shape[0], targets_A.shape[0]
     logprob_A, *of_rows = _new_statistics(hidden_RH, weight_VH.dtype, actions, rows)
-    return logprob_A, torch.empty_like(logprob_A), targets_A.new_empty(rows if want_argmax else 0), *of_rows
+    argmax_R = targets_A.new_empty(rows if want_argmax else 0)
+    made = (hidden_RH.new_empty(hidden_RH.shape if ahead >= least else 0) for least in (1, 2))
+    return logprob_A, torch.empty_like(logprob_A), argmax_R, *of_rows, *made
+
+
+def _hidden_gradient(
+    out_RH: Tensor,
+    head: _Head,
+    targets_A: Tensor,
+    rows_A: Tensor | None,
+    mean_RH: Tensor,
+    slope_RH: Tensor,
+    grad_logprob_A: Tensor,
+    grad_entropy_A: Tensor,
+) -> None:
+    """Fill `out_RH` from what the forward made ahead, see `_linear_logprob`. A row without gradient gets exactly 0."""
+
+    def of_rows(grad_A: Tensor) -> Tensor:
+        return (grad_A if rows_A is None else _rows.add_at_(grad_A.new_zeros(len(out_RH)), rows_A, grad_A))[:, None]
+
+    logprob_R1 = of_rows(grad_logprob_A)
+    ignored_R1 = logprob_R1 == 0
+    torch.mul(mean_RH, -logprob_R1, out=out_RH)
+    if slope_RH.numel():
+        entropy_R1 = of_rows(grad_entropy_A)
+        ignored_R1 &= entropy_R1 == 0
+        out_RH.addcmul_(slope_RH, entropy_R1, value=-1)
+    out_RH.masked_fill_(ignored_R1, 0.0)
+    target_AH = head.weight_VH.index_select(0, targets_A)
+    if head.lora_A_KH is not None and head.lora_B_VK is not None:
+        lora_A_KH, lora_B_AK = (x.to(target_AH.dtype) for x in (head.lora_A_KH, head.lora_B_VK.index_select(0, targets_A)))
+        target_AH.add_(product(lora_B_AK, lora_A_KH, target_AH.dtype), alpha=head.lora_scale)
+    target_AH.mul_(grad_logprob_A[:, None])
+    if rows_A is None:
+        out_RH.add_(target_AH)
+    else:
+        add_rows_(out_RH, rows_A, target_AH)
 
 
 def _linear_logprob_backward(
@@ -316,14 +384,21 @@ def _linear_logprob_backward(
     logit_scale: float,
     chunk_rows: int,
     logits_dtype: torch.dtype,
+    ahead: int,
     use_triton: bool,
-    statistics: list[Tensor],
+    saved: list[Tensor],
     grad_logprob_A: Tensor,
     grad_entropy_A: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden state, weight, bias and adapter, see `_new_gradients`."""
+    """Gradients of hidden state, weight, bias and adapter, see `_new_gradients`; `saved`: the statistics, mean and slope."""
     head = _Head(weight_VH, bias_V, lora_A_KH, lora_B_VK, lora_scale, logits_dtype)
+    *statistics, mean_RH, slope_RH = saved
+    if ahead:
+        gradients = _new_gradients((hidden_RH, *head[:4]), needs)
+        grads = grad_logprob_A * (logit_scale / temperature), grad_entropy_A * (logit_scale / temperature)
+        _hidden_gradient(gradients[0], head, targets_A, rows_A, mean_RH, slope_RH, *grads)
+        return gradients
     bias, actions = head.rounded_bias(), _actions(targets_A, rows_A, len(hidden_RH), use_triton)
     transform, of = Transform(logit_scale, temperature, softcap), Statistics(*statistics)
     gradient = _HeadGradient(hidden_RH, head, needs)
@@ -348,8 +423,8 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *ctx.settings, _, use_triton = inputs[7:]
-    ctx.settings.append(use_triton)
+    *settings, _, ahead, use_triton = inputs[7:]
+    ctx.settings = (*settings, ahead, use_triton)
     logprob_A, _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.save_for_backward(*inputs[:7], logprob_A, *others[1:])
@@ -358,10 +433,10 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _linear_gradients(
     ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor], backward: Callable[..., tuple[Tensor, ...]]
 ) -> tuple[Tensor | None, ...]:
-    inputs, statistics, needs = saved[:7], list(saved[7:]), list(ctx.needs_input_grad[:5])
-    gradients = backward(*inputs, *ctx.settings, statistics, grads[0], grads[1], needs)
+    inputs, made, needs = saved[:7], list(saved[7:]), list(ctx.needs_input_grad[:5])
+    gradients = backward(*inputs, *ctx.settings, made, grads[0], grads[1], needs)
     of_inputs = zip(gradients, inputs, needs, strict=False)
-    return *(gradient.to(x.dtype) if need else None for gradient, x, need in of_inputs), *(None,) * 10
+    return *(gradient.to(x.dtype) if need else None for gradient, x, need in of_inputs), *(None,) * 11
 
 
 linear_logprob.register_autograd(

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _measure
 from ._checks import accumulate_dtype
 from ._products import ROWS_WITH_S, masked, no_autocast, product
+from .frozen_linear import frozen_linear
 
 
 class Projection(NamedTuple):
@@ -152,14 +153,14 @@ def folded_backward(
     grad_x_MK: Tensor | None = None
     for i in used if need_x else []:
         weight_NK = fold(projections[i])
-        grad_x_MK = grads[i] @ weight_NK if grad_x_MK is None else grad_x_MK.addmm_(grads[i], weight_NK)  # type: ignore[operator,arg-type]
+        grad_x_MK = frozen_linear(grads[i], weight_NK.t(), add_MN=grad_x_MK)  # type: ignore[arg-type]
     found: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(grads)
     adapted = [i for i in used if projections[i].lora_A_RK is not None and (needs[i].lora_A or needs[i].lora_B)]
     if not adapted:
         return grad_x_MK, found
     A_of = [projections[i].lora_A_RK for i in adapted]
     ranks = [lora_A_RK.shape[0] for lora_A_RK in A_of]  # type: ignore[union-attr]
-    s_MR = (x_MK @ _stack(A_of, 0).t()).split(ranks, 1)  # type: ignore[arg-type]
+    s_MR = frozen_linear(x_MK, _stack(A_of, 0)).split(ranks, 1)  # type: ignore[arg-type]
     grad_s_MR = _stack([(grads[i] @ projections[i].lora_B_NR).mul_(projections[i].scale) for i in adapted], 1)  # type: ignore[operator]
     grad_A_RK = (grad_s_MR.t() @ x_MK).split(ranks, 0)
     for i, s_part, grad_A in zip(adapted, s_MR, grad_A_RK, strict=True):

@@ -1,5 +1,8 @@
 """Philox4x32-10, a counter-based random number generator (Salmon et al. 2011, doi 10.1145/2063384.2063405)."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,24 +42,31 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[in
     # are added to them. Each round exchanges the places of the two, in both. The odd words' high halves are left as they are
     # until the end, for the mask over the even ones takes them away.
     shape = torch.broadcast_shapes(*(word.shape for word in (word_0, word_1, word_2, word_3)))
-    even, odd, product = (word_0.new_empty(2, *shape) for _ in range(3))
+    even, odd, product = word_0.new_empty(3, 2, *shape)
     for place, word in ((even[0], word_0), (even[1], word_2), (odd[0], word_1), (odd[1], word_3)):
         place.copy_(word)
     pair = (2, *(1 for _ in shape))
     multipliers = word_0.new_tensor([_MULTIPLIER_0, _MULTIPLIER_1, _MULTIPLIER_0]).unfold(0, 2, 1).view(2, *pair)
     # The key of the word that comes to lie first, then of the other.
     added = word_0.new_tensor([keys[i][:: 1 if i % 2 else -1] for i in range(_SMALL_ROUNDS, _ROUNDS)]).view(-1, *pair)
-    first, second = even.unbind()
-    halves = [each.unbind() for each in (odd, product)]
-    for i, key_pair in enumerate(added.unbind()):
-        torch.mul(even, multipliers[i % 2], out=product)
-        torch.bitwise_right_shift(product, 32, out=even)
-        even.bitwise_xor_(key_pair)
-        # The high half of the first product belongs to word 2, which meets word 3, the second of the odd ones.
-        first.bitwise_xor_(halves[0][1])
-        second.bitwise_xor_(halves[0][0])
-        even.bitwise_and_(_WORD)
-        odd, product = product, odd
-        halves.reverse()
-    odd.bitwise_and_(_WORD)
+    _large_rounds_(even, odd, product, multipliers, added)
     return even[0], odd[0], even[1], odd[1]
+
+
+def _large_rounds_(*tensors: Any) -> None:
+    """The last rounds, in place in the first two of (even, odd, product, multipliers, added)."""
+    on_cpu = tensors[0].is_cpu
+    # numpy multiplies 64-bit integers on a CPU in less than half the time that torch takes, and is quicker to start an op.
+    even, odd, product, multipliers, added = (tensor.numpy() for tensor in tensors) if on_cpu else tensors
+    multiply, shift = (np.multiply, np.right_shift) if on_cpu else (torch.mul, torch.bitwise_right_shift)
+    first, second = even
+    for i, key_pair in enumerate(added):
+        multiply(even, multipliers[i % 2], out=product)
+        shift(product, 32, out=even)
+        even ^= key_pair
+        # The high half of the first product belongs to word 2, which meets word 3, the second of the odd ones.
+        first ^= odd[1]
+        second ^= odd[0]
+        even &= _WORD
+        odd, product = product, odd
+    odd &= _WORD

@@ -15,8 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# exp(-1e4) is 0 in every dtype: clamping there changes no probability and turns 0 * -inf into 0.
+# exp(-1e4) is 0 in every dtype: putting it for what is less changes no probability and turns 0 * -inf into 0.
 LOG_ZERO = -1e4
+# In float32 already for exp(-75), beside the largest, which is 1: divided by their sum it would soon be a subnormal number,
+# with which a CPU takes many times as long.
+_SMALLEST = {torch.float32: -75.0, torch.float64: -690.0}
 
 
 class Transform(NamedTuple):
@@ -30,8 +33,8 @@ class Transform(NamedTuple):
 class Actions(NamedTuple):
     """The actions (a row and a target token each) of all rows.
 
-    rows_A: the row of every action, any; row r then has the actions order_A[row_start_R1[r]:row_start_R1[r + 1]] (the Triton
-    kernels read these two, the torch twin the first). None: action a is that of row a // per_row.
+    rows_A: the row of every action, any; row r then has the actions order_A[row_start_R1[r]:row_start_R1[r + 1]] (the torch
+    twin can do without these two). None: action a is that of row a // per_row; rows after the last action's are padding.
     """
 
     targets_A: Tensor
@@ -50,22 +53,36 @@ class Statistics(NamedTuple):
     entropy_R: Tensor
 
 
-def shift_(logits_RV: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """Turn logits into z (<= 0, largest entry 0) in place and return it. A row without a finite maximum becomes NaN."""
-    if softcap is not None:
-        logits_RV.div_(softcap).tanh_().mul_(softcap)
-    logits_RV.sub_(logits_RV.amax(-1, keepdim=True))
-    return logits_RV if temperature == 1.0 else logits_RV.div_(temperature)
+class Softmax(NamedTuple):
+    """p = weight / total, weight_RV being what `torch.softmax` gives: it adds up a row in so few parts that over a large
+    vocabulary it is worse than float32 can be. product_RV is weight z."""
+
+    weight_RV: Tensor
+    total_R: Tensor
+    product_RV: Tensor
+
+
+def _without_subnormal_(z_RV: Tensor) -> Tensor:
+    """z with `LOG_ZERO` for what has no probability to speak of; NaN stays."""
+    return torch.threshold_(z_RV, _SMALLEST[z_RV.dtype], LOG_ZERO)
+
+
+def softmax_(z_RV: Tensor) -> tuple[Softmax, Tensor, Tensor]:
+    """Return (softmax, log S [R], entropy [R]); `z_RV` is used up.
+
+    `torch.softmax` is one pass, and on a CPU not slowed down by results that underflow, as `torch.exp` is. Where z is 0 its
+    weight is total / S.
+    """
+    weight_RV = torch.softmax(_without_subnormal_(z_RV), -1)
+    total_R = weight_RV.sum(-1)
+    log_sum_R = (total_R / weight_RV.amax(-1)).log_()
+    product_RV = z_RV.mul_(weight_RV)
+    return Softmax(weight_RV, total_R, product_RV), log_sum_R, log_sum_R - product_RV.sum(-1) / total_R
 
 
 def normalise_(z_RV: Tensor) -> tuple[Tensor, Tensor]:
     """Return (log S, entropy), each [R]; `z_RV` is used up."""
-    z_RV.clamp_(min=LOG_ZERO)
-    weight_RV = z_RV.exp()
-    sum_R = weight_RV.sum(-1)
-    log_sum_R = sum_R.log()
-    entropy_R = log_sum_R - weight_RV.mul_(z_RV).sum(-1) / sum_R
-    return log_sum_R, entropy_R
+    return softmax_(z_RV)[1:]
 
 
 def add_at_(total: Tensor, index: Tensor, value: Tensor) -> Tensor:
@@ -89,16 +106,19 @@ def _capped_(logits_CV: Tensor, bias_V: Tensor | None, transform: Transform, dty
     return x_CV if transform.softcap is None else x_CV.div_(transform.softcap).tanh_().mul_(transform.softcap)
 
 
-def _actions_of(actions: Actions, first_row: int, rows: int) -> tuple[slice, Tensor, Tensor | None]:
+def _actions_of(actions: Actions, first_row: int, rows: int) -> tuple[slice | Tensor, Tensor, Tensor | None]:
     """Actions that may belong to a chunk of rows: (which actions, their row in the chunk, which really belong).
 
-    With `rows_A` all actions are looked at in every chunk, those outside masked: picking them out would need their
+    With `rows_A` all actions are looked at in every chunk, those outside masked, where picking them out would need their
     number on the host.
     """
     if actions.rows_A is None:
         each = actions.per_row
-        row_A = torch.arange(rows * each, device=actions.targets_A.device)
+        row_A = torch.arange(min(rows * each, len(actions.targets_A) - first_row * each), device=actions.targets_A.device)
         return slice(first_row * each, (first_row + rows) * each), row_A if each == 1 else row_A // each, None
+    if actions.rows_A.is_cpu and actions.order_A is not None and actions.row_start_R1 is not None:
+        which_A = actions.order_A[actions.row_start_R1[first_row] : actions.row_start_R1[first_row + rows]]
+        return which_A, actions.rows_A[which_A] - first_row, None
     row_A = actions.rows_A - first_row
     return slice(None), row_A.clamp(0, rows - 1), (row_A >= 0) & (row_A < rows)
 
@@ -111,7 +131,7 @@ def statistics(
     transform: Transform,
     out: Statistics,
     argmax_R: Tensor | None,
-) -> None:
+) -> Softmax:
     """Fill `out` (and argmax_R) for rows first_row, first_row + 1, ..., whose logits these are and may be used up."""
     rows, vocab = logits_CV.shape
     chunk = slice(first_row, first_row + rows)
@@ -120,12 +140,14 @@ def statistics(
     z_CV.sub_(out.maximum_R[chunk, None])
     if argmax_R is not None:  # before the temperature: dividing could round two logits to the same value
         argmax_R[chunk] = z_CV.argmax(-1)
-    z_CV.div_(transform.temperature)
+    if transform.temperature != 1.0:
+        z_CV.div_(transform.temperature)
     which, row_A, inside_A = _actions_of(actions, first_row, rows)
     z_target_A = z_CV.view(-1)[row_A * vocab + actions.targets_A[which]]
-    out.log_sum_R[chunk], out.entropy_R[chunk] = normalise_(z_CV)
+    softmax, out.log_sum_R[chunk], out.entropy_R[chunk] = softmax_(z_CV)
     found_A = z_target_A - out.log_sum_R[chunk][row_A]
     out.logprob_A[which] = found_A if inside_A is None else torch.where(inside_A, found_A, out.logprob_A)
+    return softmax
 
 
 def gradient(
@@ -147,19 +169,30 @@ def gradient(
     chunk = slice(first_row, first_row + rows)
     z_CV = _capped_(logits_CV, bias_V, transform, of.log_sum_R.dtype)
     slope_CV = None if transform.softcap is None else (z_CV / transform.softcap).square_().neg_().add_(1)
-    z_CV.sub_(of.maximum_R[chunk, None]).div_(transform.temperature)
+    z_CV.sub_(of.maximum_R[chunk, None])
+    if transform.temperature != 1.0:
+        z_CV.div_(transform.temperature)
 
     which, row_A, inside_A = _actions_of(actions, first_row, rows)
-    of_action = [grad_logprob_A[which], grad_entropy_A[which]]
+    factor = transform.logit_scale / transform.temperature
+    of_action = [grad_A[which] * factor for grad_A in (grad_logprob_A, grad_entropy_A)]
     if inside_A is not None:
         of_action = [grad_A.masked_fill(~inside_A, 0.0) for grad_A in of_action]
     logprob_C1, entropy_C1 = (add_at_(z_CV.new_zeros(rows), row_A, grad_A)[:, None] for grad_A in of_action)
 
-    log_p_CV = z_CV.sub_(of.log_sum_R[chunk, None]).clamp_(min=LOG_ZERO)
-    p_CV = log_p_CV.exp()
-    dz_CV = log_p_CV.add_(of.entropy_R[chunk, None]).mul_(entropy_C1).add_(logprob_C1).mul_(p_CV).neg_()
-    dz_CV.masked_fill_((logprob_C1 == 0) & (entropy_C1 == 0), 0.0)
+    weight_CV = torch.softmax(_without_subnormal_(z_CV), -1)
+    total_C1 = weight_CV.sum(-1, keepdim=True)
+    ignored_C1 = (logprob_C1 == 0) & (entropy_C1 == 0)
+    # On a CPU it costs nothing to look first, and passes over the chunk are what all this is.
+    if z_CV.is_cpu and not entropy_C1.any():
+        dz_CV = torch.mul(weight_CV, -logprob_C1 / total_C1, out=z_CV)
+    else:
+        log_p_CV = z_CV.sub_(of.log_sum_R[chunk, None]).clamp_(min=LOG_ZERO)
+        dz_CV = log_p_CV.add_(of.entropy_R[chunk, None]).mul_(-entropy_C1 / total_C1).sub_(logprob_C1 / total_C1)
+        dz_CV.mul_(weight_CV)
+    if not z_CV.is_cpu or ignored_C1.any():
+        dz_CV.masked_fill_(ignored_C1, 0.0)
     add_at_(dz_CV.view(-1), row_A * vocab + actions.targets_A[which], of_action[0])
     if slope_CV is not None:  # an entry without gradient has none, even if its slope is NaN
         dz_CV.mul_(slope_CV.masked_fill_(dz_CV == 0, 0.0))
-    grad_CV.copy_(dz_CV.mul_(transform.logit_scale / transform.temperature))
+    grad_CV.copy_(dz_CV)

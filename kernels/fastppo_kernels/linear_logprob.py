@@ -21,13 +21,16 @@ from ._dispatch import Backend, use_triton
 # What a chunk of logits may take (its gradient lies in the same memory where the kernels run), and its rows, for more make the
 # products no faster. For 152,064 tokens: 1024 rows in half precision (311 MB), 768 in float32 (467 MB).
 _CHUNK_BYTES, _CHUNK_ROWS = 512 << 20, 1024
+# On a CPU a chunk passes through the caches about ten times, between two products: what stays there is read faster than memory.
+_CHUNK_BYTES_CPU = 2 << 20
 # Whole tiles of a GEMM.
 _ROW_TILE = 128
 
 
-def chosen_chunk_rows(vocab: int, dtype: torch.dtype) -> int:
+def chosen_chunk_rows(vocab: int, dtype: torch.dtype, on_cpu: bool = False) -> int:
     """Rows of logits of this dtype that are alive at a time, where the caller leaves it open."""
-    rows = _CHUNK_BYTES // (vocab * dtype.itemsize) // _ROW_TILE * _ROW_TILE
+    room = min(_CHUNK_BYTES, _CHUNK_BYTES_CPU) if on_cpu else _CHUNK_BYTES
+    rows = room // (vocab * dtype.itemsize) // _ROW_TILE * _ROW_TILE
     return min(max(rows, _ROW_TILE), _CHUNK_ROWS)
 
 
@@ -101,7 +104,7 @@ def checked_head(
         raise ValueError(f"logits_dtype must be None, float32 or the weight's {weight_VH.dtype}, got {logits_dtype}")
     logits_dtype = logits_dtype or weight_VH.dtype
     if chunk_rows is None:
-        chunk_rows = chosen_chunk_rows(vocab, logits_dtype)
+        chunk_rows = chosen_chunk_rows(vocab, logits_dtype, hidden_RH.is_cpu)
     return Head(
         hidden_RH, weight_VH, bias, lora_A, lora_B, targets_A.long().contiguous(), None if rows_A is None else rows_A.long(),
         float(lora_scale), float(temperature), None if softcap is None else float(softcap), float(logit_scale), chunk_rows,
@@ -178,7 +181,7 @@ def linear_logprob(
             the logits. In float32 on the CPU the logits are PEFT's, to the bit. lora_scale: any finite number.
         temperature: > 0. softcap: > 0 or None, cap(x) = softcap * tanh(x / softcap). logit_scale: > 0.
         chunk_rows: rows of logits alive at a time, >= 1. None: 1024, or fewer where their logits would take more than 512 MiB
-            (V > 262,144 in half precision, V > 131,072 in float32), but at least 128.
+            (V > 262,144 in half precision, V > 131,072 in float32), on a CPU more than 2 MiB, but at least 128.
         logits_dtype: float32 keeps the logits of a bfloat16 or float16 weight as the GEMM sums them up, not rounded to the
             weight's dtype; a CUDA GEMM does that at its usual speed. None: the weight's dtype.
         argmax: also return the best token of each row.
@@ -198,6 +201,6 @@ def linear_logprob(
         hidden_RH, weight_VH, targets_A, rows_A, bias, lora_A, lora_B, lora_scale, temperature, softcap, logit_scale,
         chunk_rows, logits_dtype,
     )  # fmt: skip
-    logprob_A, *others = _head_ops.call_linear_logprob(*head, argmax, head.use_triton(backend))
+    logprob_A, *others = _head_ops.call_linear_logprob(*head, argmax, 0, head.use_triton(backend))
     # A copy: backward needs the op's own, and callers write into what they get (masked tokens set to 0, in place).
     return logprob_A.clone(), *others[: 2 if argmax else 1]

@@ -7,11 +7,24 @@ import torch
 from torch import Tensor
 
 from . import _head_ops
-from ._checks import check_device, check_float, check_mask, check_mask_argument, check_shape
+from ._checks import accumulate_dtype, check_device, check_float, check_mask, check_mask_argument, check_shape
 from ._dispatch import Backend
 from .kl import KLEstimator
-from .linear_logprob import checked_head
+from .linear_logprob import Head, checked_head
 from .ppo_loss import check_denominator, check_policy_settings, ppo_policy_loss
+
+
+def _ahead(head: Head, entropy_coef: float) -> int:
+    """What the torch form makes for the gradient in its forward, see `_head_ops.linear_logprob`.
+
+    That takes a frozen head and no softcap; in half precision mean and target would lose in their difference what they share.
+    """
+    hidden_RH, *parameters = head[:5]
+    trained = any(parameter is not None and parameter.requires_grad for parameter in parameters)
+    exact = hidden_RH.dtype == head.weight_VH.dtype == accumulate_dtype(head.weight_VH.dtype)
+    if not (torch.is_grad_enabled() and hidden_RH.requires_grad and exact) or trained or head.softcap is not None:
+        return 0
+    return 2 if entropy_coef else 1
 
 
 def linear_ppo_loss(
@@ -42,7 +55,8 @@ def linear_ppo_loss(
     logits_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """`ppo_policy_loss` of what `linear_logprob` gives, entropy included: the torch form is just that.
+    """`ppo_policy_loss` of what `linear_logprob` gives, entropy included: the torch form is just that, except that with a
+    frozen head of float32 (or float64) without softcap backward neither computes the logits again nor any product with them.
 
     The Triton form makes the gradients in the forward, where a chunk of logits is at hand anyway: GEMM, one kernel that turns
     the logits into their gradient in place, GEMM. So the logits are computed once rather than twice, and backward only
@@ -80,7 +94,8 @@ def linear_ppo_loss(
     check_policy_settings(*settings, ref_logprob)
     check_denominator(denominator, targets_A)
     if not head.use_triton(backend):
-        logprob_A, entropy_A = _head_ops.call_linear_logprob(*head, False, False)[:2]
+        ahead = _ahead(head, entropy_coef)
+        logprob_A, entropy_A = _head_ops.call_linear_logprob(*head, False, ahead, False)[:2]
         loss, metrics = ppo_policy_loss(
             logprob_A, old_logprob_A, advantages_A, mask=mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
             entropy=entropy_A, entropy_coef=entropy_coef, ref_logprob=ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator,

@@ -14,6 +14,7 @@ from ._checks import check_both, check_device, check_float, check_number, check_
 from ._dispatch import VARIABLE, Backend, use_triton
 from ._eager import is_eager
 from ._products import no_autocast
+from .frozen_linear import frozen_linear
 
 
 class LoRAProjection(NamedTuple):
@@ -97,7 +98,8 @@ class _FoldedGroup(torch.autograd.Function):
         ctx.scales = scales
         ctx.set_materialize_grads(False)
         with no_autocast(x_MK.device):
-            return tuple(F.linear(x_MK, _lora_ops.fold(each), each.bias_N) for each in _lora_ops.projections_of(flat, scales))
+            projections = _lora_ops.projections_of(flat, scales)
+            return tuple(frozen_linear(x_MK, _lora_ops.fold(each), each.bias_N) for each in projections)
 
     @staticmethod
     @once_differentiable

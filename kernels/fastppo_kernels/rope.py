@@ -1,5 +1,6 @@
 """Rotary position embedding of queries and keys (Su et al. 2021), in the half-rotation form of Hugging Face's models."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,26 +25,35 @@ def _rotated(x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
+def _halves(*tensors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for tensor in tensors:
+        half = tensor.shape[-1] // 2
+        yield tensor[..., :half], tensor[..., half:]
+
+
+def _turned(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    """The same to the bit, half by half, of whole heads in the dtype of the tables."""
+    out = torch.empty_like(x_BHTD)
+    (x1, x2), (c1, c2), (s1, s2), (out1, out2) = _halves(x_BHTD, cos_BTD.unsqueeze(1), sin_BTD.unsqueeze(1), out)
+    torch.mul(x1, c1, out=out1).sub_(x2 * s1)
+    torch.mul(x2, c2, out=out2).add_(x1 * s2)
+    return out
+
+
 class _Turn(torch.autograd.Function):
-    """The same rotation to the bit, half by half, on the CPU in one dtype: few passes each way, and only the tables kept."""
+    """`_turned` on the CPU: few passes each way, and only the tables kept."""
 
     @staticmethod
     def forward(ctx: Any, x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
         ctx.save_for_backward(cos_BTD, sin_BTD)
-        (x1, x2), (c1, c2), (s1, s2) = (x_BHTD.chunk(2, -1), *(t.unsqueeze(1).chunk(2, -1) for t in (cos_BTD, sin_BTD)))
-        out = torch.empty_like(x_BHTD)
-        out1, out2 = out.chunk(2, -1)
-        torch.mul(x1, c1, out=out1).sub_(x2 * s1)
-        torch.mul(x2, c2, out=out2).add_(x1 * s2)
-        return out
+        return _turned(x_BHTD, cos_BTD, sin_BTD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor | None, ...]:
         cos_BTD, sin_BTD = ctx.saved_tensors
-        (g1, g2), (c1, c2), (s1, s2) = (grad_BHTD.chunk(2, -1), *(t.unsqueeze(1).chunk(2, -1) for t in (cos_BTD, sin_BTD)))
         grad_x = torch.empty_like(grad_BHTD)
-        grad1, grad2 = grad_x.chunk(2, -1)
+        (g1, g2), (c1, c2), (s1, s2), (grad1, grad2) = _halves(grad_BHTD, cos_BTD.unsqueeze(1), sin_BTD.unsqueeze(1), grad_x)
         torch.mul(g1, c1, out=grad1).addcmul_(g2, s2)
         torch.mul(g2, c2, out=grad2).addcmul_(g1, s1, value=-1)
         return grad_x, None, None
@@ -125,7 +135,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend | N
         q_BHTD, k_BHTD, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTD, k_BHTD, cos, sin))
         out = _rope(q_BHTD, k_BHTD, cos, sin, False)
     elif is_eager(q) and cos.dtype == q.dtype and cos.shape[2] == head:
-        out = _Turn.apply(q_BHTD, cos, sin), _Turn.apply(k_BHTD, cos, sin)
+        # Without a gradient to come, as in each step of the sampler, what autograd keeps would cost as much as the rotation.
+        turn = _Turn.apply if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad) else _turned
+        out = turn(q_BHTD, cos, sin), turn(k_BHTD, cos, sin)
     else:
         out = _rotated(q_BHTD, cos, sin), _rotated(k_BHTD, cos, sin)
     return (out[0][0].transpose(0, 1), out[1][0].transpose(0, 1)) if packed else out

@@ -15,36 +15,38 @@ from ._dispatch import Backend, use_triton
 from ._eager import eager_or
 from ._head_ops import _chunks, _Head
 from ._philox import philox_4x32_10
-from ._rows import Transform, normalise_, shift_
+from ._rows import Transform, normalise_
 from .linear_logprob import checked_head
 
 _WORD = 0xFFFFFFFF
-# Words made at a time. On a CPU the temporaries then stay in its cache (twice as fast); elsewhere they are bounded.
+# Words made at a time. On a CPU the temporaries then stay in its cache; elsewhere they are bounded.
 _BLOCK_WORDS_CPU, _BLOCK_WORDS = 1 << 17, 1 << 24
-
-
-def _minus_uniform(vocab: int, seed: int, sequence_ids_B: Tensor, step_B: Tensor) -> Tensor:
-    """Uniform in (-1, 0), float32 [B, V]: entry v is word v % 4 of counter (v // 4, step, id low, id high), key seed."""
-    block_V = torch.arange((vocab + 3) // 4, device=step_B.device)[None, :]
-    counter = (block_V, step_B[:, None], sequence_ids_B[:, None] & _WORD, (sequence_ids_B[:, None] >> 32) & _WORD)
-    words = philox_4x32_10(counter, (seed & _WORD, seed >> 32))
-    word_BV = torch.stack([word.float() for word in words], dim=-1).flatten(1)[:, :vocab]
-    # (word + 1/2) / 2^32: near 0, where it decides, all 32 bits count; near 1 float32 would round up, hence the bound.
-    return word_BV.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
 
 
 def _minus_gumbel(vocab: int, seed: int, sequence_ids_B: Tensor, step_B: Tensor) -> Tensor:
     """Gumbel noise with its sign turned, log(-log(1 - u)), float32 [B, V]: 1 - u, as the large values then come from the fine
-    end of u."""
-    rows = max(1, (_BLOCK_WORDS_CPU if step_B.device.type == "cpu" else _BLOCK_WORDS) // vocab)
-    blocks = [slice(start, start + rows) for start in range(0, len(step_B), rows)]
-    if len(blocks) == 1:
-        return _minus_uniform(vocab, seed, sequence_ids_B, step_B).log1p_().neg_().log_()
-    noise_BV = torch.empty(len(step_B), vocab, device=step_B.device)
-    for block in blocks:
-        u_BV = _minus_uniform(vocab, seed, sequence_ids_B[block], step_B[block])
-        torch.log(u_BV.log1p_().neg_(), out=noise_BV[block])
-    return noise_BV
+    end of u. For entry v, u is made of word v % 4 of counter (v // 4, step, id low, id high) with the seed as the key."""
+    device, words = step_B.device, (vocab + 3) // 4
+    index_1W, step_B1 = torch.arange(words, device=device)[None, :], step_B[:, None]
+    low_B1, high_B1 = sequence_ids_B[:, None] & _WORD, (sequence_ids_B[:, None] >> 32) & _WORD
+    if device.type == "cpu" and bool((high_B1 == high_B1[:1]).all()):  # as ever: the first two rounds are then next to nothing
+        high_B1 = high_B1[:1].expand_as(high_B1)
+    rows = max(1, (_BLOCK_WORDS_CPU if device.type == "cpu" else _BLOCK_WORDS) // vocab)
+    noise_BW4 = torch.empty(len(step_B), words, 4, device=device)
+    for start in range(0, len(step_B), rows):
+        block = slice(start, start + rows)
+        counter = (index_1W, step_B1[block], low_B1[block], high_B1[block])
+        for place, word_BW in enumerate(philox_4x32_10(counter, (seed & _WORD, seed >> 32))):
+            noise_BW4[block, :, place] = word_BW
+    # u = (word + 1/2) / 2^32: near 0, where it decides, all 32 bits count; near 1 float32 would round up, hence the bound.
+    minus_u_BV = noise_BW4.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1).flatten(1)[:, :vocab]
+    return minus_u_BV.log1p_().neg_().log_()
+
+
+def _argmax(x_BV: Tensor) -> Tensor:
+    """The lowest index of the largest entry in each row, of the first NaN where there is one."""
+    # torch's own on a CPU is not vectorised; both take the same entry.
+    return torch.from_numpy(x_BV.numpy().argmax(-1)) if x_BV.is_cpu else x_BV.argmax(-1)
 
 
 def _restrict(z_BV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -62,19 +64,18 @@ def _restrict(z_BV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _draw_(
-    logits_BV: Tensor, sequence_ids_B: Tensor, step_B: Tensor, temperature: float, top_k: int, top_p: float, seed: int
+    z_BV: Tensor, sequence_ids_B: Tensor, step_B: Tensor, temperature: float, top_k: int, top_p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The torch form, for logits in float32 or float64 that are used up."""
+    """The torch form, for logits less their row's maximum, in float32 or float64, that are used up."""
     if temperature == 0:
-        z_BV = shift_(logits_BV, 1.0, None)
-        token_B = z_BV.argmax(-1)
+        token_B = _argmax(z_BV)
     else:
-        z_BV = shift_(logits_BV, temperature, None)
+        if temperature != 1:
+            z_BV.div_(temperature)
         noise_BV = _minus_gumbel(z_BV.shape[1], seed, sequence_ids_B.long(), step_B.long() & _WORD)
-        token_B = torch.sub(_restrict(z_BV, top_k, top_p), noise_BV).argmax(-1)
+        token_B = _argmax(torch.sub(_restrict(z_BV, top_k, top_p), noise_BV))
     z_token_B = z_BV.gather(1, token_B[:, None]).squeeze(1)
-    log_sum_B, _ = normalise_(z_BV)
-    logprob_B = z_token_B - log_sum_B
+    logprob_B = z_token_B - normalise_(z_BV)[0]
     return torch.where(logprob_B.isnan(), 0, token_B), logprob_B
 
 
@@ -95,8 +96,8 @@ def _sample(
         return _triton_sample.sample(
             logits_BV, None, 1.0, None, sequence_ids_B, step_B, temperature, top_k, top_p, seed
         )  # fmt: skip
-    x_BV = logits_BV.to(accumulate_dtype(logits_BV.dtype), copy=True)
-    return _draw_(x_BV, sequence_ids_B, step_B, temperature, top_k, top_p, seed % 2**64)
+    x_BV = logits_BV.to(accumulate_dtype(logits_BV.dtype))
+    return _draw_(x_BV - x_BV.amax(-1, keepdim=True), sequence_ids_B, step_B, temperature, top_k, top_p, seed % 2**64)
 
 
 def _outputs(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -147,7 +148,8 @@ def _linear_sample(
 
             found = _triton_sample.sample(logits_CV, bias, logit_scale, softcap, *how, seed)
         else:
-            found = _draw_(_rows._capped_(logits_CV, bias, transform, logprob_B.dtype), *how, seed % 2**64)
+            x_CV = _rows._capped_(logits_CV, bias, transform, logprob_B.dtype)
+            found = _draw_(x_CV.sub_(x_CV.amax(-1, keepdim=True)), *how, seed % 2**64)
         token_B[chunk], logprob_B[chunk] = found
         del logits_CV  # before the next chunk is made
     return token_B, logprob_B

@@ -401,19 +401,22 @@ def test_nothing_but_its_inputs_and_sums_is_kept_for_backward():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 4, 2), (4, 4, 2), (7, 4, 1), (3, 2, 2)])
 @pytest.mark.parametrize("root", [0, 1, 90])
-def test_decoding_over_a_long_cache(root, batch, heads, kv_heads, dtype, monkeypatch):
-    """One token a sequence: root and cache in calls of their own, against the products of the torch form."""
-    generator = torch.Generator().manual_seed(batch + root)
+def test_decoding_over_a_long_cache(root, batch, heads, kv_heads, dtype):
+    """One token a sequence, against one softmax at a time in float64."""
+    generator, longest = torch.Generator().manual_seed(batch + root), 73
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    longest = _attention_cpu.FEWEST_KEYS + 9
     q, k_root, v_root = make(batch, heads, 16), make(root, kv_heads, 16), make(root, kv_heads, 16)
     k_own, v_own = make(batch, kv_heads, longest, 16), make(batch, kv_heads, longest, 16)
     lengths = torch.randint(1, longest + 1, (batch,), generator=generator)
     for i, filled in enumerate(lengths.tolist()):
         v_own[i, :, filled:] = 1e4  # nobody looks there
     found = decode_attention(q, k_root, v_root, k_own, v_own, lengths)
-    monkeypatch.setattr(_attention_cpu, "FEWEST_KEYS", longest + 1)
-    wanted = decode_attention(q, k_root, v_root, k_own, v_own, lengths)
     assert found.shape == (batch, heads, 16) and found.dtype == dtype
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    for i, filled in enumerate(lengths.tolist()):
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            k = torch.cat([k_root[:, kv], k_own[i, kv, :filled]]).double()
+            v = torch.cat([v_root[:, kv], v_own[i, kv, :filled]]).double()
+            wanted = torch.softmax(k @ q[i, head].double() / 4, 0) @ v
+            torch.testing.assert_close(found[i, head].double(), wanted, rtol=tolerance, atol=tolerance)

@@ -78,7 +78,7 @@ def test_operators_are_registered_as_torch_wants_them(op, backend):
     logits = weight.detach().t()[:3].contiguous().requires_grad_()
     arguments = {
         "token_logprob": (logits, targets[:, None], 0.7, None, False, triton),
-        "linear_logprob": (*head, True, triton),
+        "linear_logprob": (*head, True, 0, triton),
         "linear_ppo_loss": (
             *head, -ones, ones, ones.to(torch.uint8), -ones, ones.sum(), [0.2, 0.2, 3.0, 0.1, 0.1], 4, [True] * 5
         ),
