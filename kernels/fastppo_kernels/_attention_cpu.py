@@ -9,21 +9,26 @@ together by their denominators,
 
 and the kernel's backward, given the whole ``out`` and ``lse``, finds each part's share of the gradients (Dao et al. 2022,
 FlashAttention, arXiv 2205.14135, appendix B.2: both enter only through P = exp(S - lse) and the row sums of dO * O).
+
+Long segments go another way where oneDNN is faster than that kernel, see `_attention_tiles`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _attention_tiles
 from ._attention_layout import TreeLayout
 from ._checks import accumulate_dtype
 from ._gather import add_rows_
 from ._products import no_autocast
+from .frozen_linear import row_multiple
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -88,35 +93,66 @@ def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
 LARGEST_SQUARE = 128  # at least 32: see `_blocks`
 
 
-def blocks_of(layout: TreeLayout) -> list[Block]:
-    """The calls for this layout, those of the queries' own segments first; made once."""
-    return layout.keep("cpu blocks", lambda: _blocks(layout))
+class Plan(NamedTuple):
+    """Made once a tree. blocks: the calls, those of the queries' own segments first. long: segments that oneDNN takes, whose
+    queries are in no block."""
+
+    blocks: list[Block]
+    long: list[_attention_tiles.Segment]
 
 
-def _blocks(layout: TreeLayout) -> list[Block]:
+def plan_of(layout: TreeLayout, q: Tensor, k: Tensor) -> Plan:
+    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
+    tiles = row_multiple(q.device, accumulate_dtype(q.dtype)) > 1
+    return layout.keep(f"cpu {heads} {kv_heads} {dim} {tiles}", lambda: _plan(layout, heads, kv_heads, dim, tiles))
+
+
+def _plan(layout: TreeLayout, heads: int, kv_heads: int, dim: int, tiles: bool) -> Plan:
+    long, taken = [], set()
+    for s, queries, path in _segments(layout) if tiles else ():
+        if _attention_tiles.is_long(len(queries), len(path) + len(queries), heads, kv_heads, dim):
+            long.append(_attention_tiles.make_segment(queries, path, layout.past, heads, kv_heads))
+            taken.add(s)
+    return Plan(_blocks(layout, frozenset(taken)), long)
+
+
+def _segments(layout: TreeLayout) -> Iterator[tuple[int, range, Tensor]]:
+    """Number, own queries and rows of the keys above them of each segment; -1 for the root's own rows."""
+    cu_q, cu_k = layout.host_lists
+    own_root = max(layout.root - layout.past, 0)
+    yield -1, range(own_root), torch.arange(layout.past)
+    for s in range(len(cu_q) - 1):
+        queries = range(max(cu_q[s], own_root if s == 0 else 0), cu_q[s + 1])
+        yield s, queries, layout.kv_index[cu_k[s] : cu_k[s + 1] - len(queries)]
+
+
+def _blocks(layout: TreeLayout, taken: frozenset[int] = frozenset()) -> list[Block]:
+    """taken: segments to leave out, -1 the root's own rows."""
     cu_q, cu_k = layout.host_lists
     root, past, rows = layout.root, layout.past, layout.kv_index
     own_root, n = max(root - past, 0), layout.n_queries
+    below: list[int] = []
     squares: list[tuple[range, range]] = []
     # Of squares: later queries, earlier keys. Those of one row differ twofold in size, so no block has it twice.
     left: list[tuple[range, range]] = []
     above: dict[int, tuple[list[int], range]] = {}  # by the parent's last row, which stands for the whole path to it
-    _split(0, own_root, past, squares, left)
+    _split(0, 0 if -1 in taken else own_root, past, squares, left)
     parents = rows[(layout.cu_k[1:].long() - layout.cu_q.diff().long() - 1).clamp(min=0)].tolist() if len(cu_q) > 1 else []
     for s in range(len(cu_q) - 1):
         start, stop = max(cu_q[s], own_root if s == 0 else 0), cu_q[s + 1]
-        if stop > start:
+        if stop > start and s not in taken:
             _split(start, stop, past, squares, left)
+            below.extend(range(start, stop))
             own_keys = stop - start
             path = range(cu_k[s] + root, cu_k[s + 1] - own_keys)  # places in kv_index
             if len(path):
                 above.setdefault(parents[s], ([], path))[0].extend(range(start, stop))
     result = [_block(group, None, True) for group in _similar(squares)]
     result += [_block(group, None, False) for group in _similar(left)]
-    if past and own_root:  # the rest of the root's rows sees what was computed before
+    if past and own_root and -1 not in taken:  # the rest of the root's rows sees what was computed before
         result.append(_block([(range(own_root), range(past))], None, False))
-    if root and n > own_root:
-        result.append(_block([(range(own_root, n), range(root))], None, False))
+    if root and below:
+        result.append(_block([(below if taken else range(own_root, n), range(root))], None, False))
     return result + [_block(group, rows, False) for group in _similar(list(above.values()))]
 
 
@@ -165,12 +201,23 @@ def _block(groups: _Groups, kv_index: Tensor | None, own: bool) -> Block:
     return Block(q_rows, k_rows, place, q_rows.flatten() if place is None else q_rows.flatten()[place], hide, own)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float) -> tuple[Tensor, Tensor]:
-    """out [T, H, D] and lse [T, H], both in the accumulating dtype."""
+def _flat(x: Tensor) -> Tensor:
+    """[T, H, D] -> [T * H, D]"""
+    return x.reshape(-1, x.shape[2])
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float, differentiable: bool = True
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """out [T, H, D] and lse [T, H] (anything for long segments), both in the accumulating dtype, and what these want kept."""
     dtype = accumulate_dtype(q.dtype)
     q, k, v = (_dense(x.to(dtype)) for x in (q, k, v))
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2])
-    for block in blocks_of(layout):
+    out, lse, kept = q.new_empty(q.shape), q.new_empty(q.shape[:2]), []
+    plan = plan_of(layout, q, k)
+    if plan.long:
+        keep = differentiable and _attention_tiles.keeps(plan.long, dtype.itemsize)
+        kept = _attention_tiles.forward(plan.long, _flat(q).mul(scale), _flat(k), _flat(v), _flat(out), keep)
+    for block in plan.blocks:
         hide = None if block.hide_S11K is None else block.hide_S11K.to(dtype)
         part, total = _forward(
             block.queries(q), block.keys(k), block.keys(v), 0.0, block.own, attn_mask=hide, scale=scale
@@ -187,17 +234,30 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float) -
             after = torch.logaddexp(before, total)
             out[rows] = out[rows].mul_((before - after).exp_()[..., None]).addcmul_(part, (total - after).exp_()[..., None])
             lse[rows] = after
-    return out, lse
+    return out, lse, kept
 
 
 def backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: TreeLayout, scale: float
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: list[Tensor],
+    layout: TreeLayout,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV, in the inputs' dtypes."""
+    """dQ, dK, dV, in the inputs' dtypes; out, lse, kept: as `forward` gave them."""
     dtype = accumulate_dtype(q.dtype)
     d_out, work_q, work_k, work_v = (_dense(x.to(dtype)) for x in (d_out, q, k, v))
-    dq, dk, dv = torch.empty_like(work_q), torch.zeros_like(work_k), torch.zeros_like(work_v)
-    for block in blocks_of(layout):
+    dq, dk, dv = work_q.new_empty(work_q.shape), work_k.new_zeros(work_k.shape), work_v.new_zeros(work_v.shape)
+    plan = plan_of(layout, work_q, work_k)
+    if plan.long:
+        mean = (_flat(d_out) * _flat(out)).sum(-1, keepdim=True)
+        flat = (_flat(d_out), mean, _flat(work_q).mul(scale), _flat(work_k), _flat(work_v))
+        _attention_tiles.backward(plan.long, iter(kept), *flat, (_flat(dq), _flat(dk), _flat(dv)), scale)
+    for block in plan.blocks:
         hide = None if block.hide_S11K is None else block.hide_S11K.to(dtype)
         # A padded query has probability exp(-inf) = 0 everywhere and no gradient.
         do = block.padded_with(_rows(d_out, block.q_rows_SQ), 0.0)
@@ -224,16 +284,16 @@ class CpuAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, layout: TreeLayout, scale: float):
         ctx.layout, ctx.scale = layout, scale
         with no_autocast(q.device):
-            out, lse = forward(q, k, v, layout, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+            out, lse, kept = forward(q, k, v, layout, scale, any(ctx.needs_input_grad))
+        ctx.save_for_backward(q, k, v, out, lse, *kept)
         return out.to(q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *kept = ctx.saved_tensors
         with no_autocast(d_out.device):
-            return *backward(d_out, q, k, v, out, lse, ctx.layout, ctx.scale), None, None
+            return *backward(d_out, q, k, v, out, lse, kept, ctx.layout, ctx.scale), None, None
 
 
 def refuses(q: Tensor, v: Tensor, window: int | None, softcap: float | None) -> str:

@@ -48,9 +48,14 @@ def frozen_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
     if rows % _ROW_MULTIPLE == 0 and rows * width * len(weight_NK) >= _ONEDNN_WORK:
         if row_multiple(x_MK.device, x_MK.dtype) > 1 and x_MK.is_contiguous():
             if add_MN is None:
-                return torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, bias_N, "none", [], "")
+                return onednn_linear(x_MK, weight_NK, bias_N)
             return torch.ops.mkldnn._linear_pointwise.binary(x_MK, add_MN, weight_NK, bias_N, "add")
     if add_MN is None:
         return F.linear(x_MK, weight_NK, bias_N)
     add_MN.addmm_(x_MK, weight_NK.t())
     return add_MN if bias_N is None else add_MN.add_(bias_N)
+
+
+def onednn_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x weight^T + bias by oneDNN whatever the sizes; x contiguous. Only where `row_multiple` is above 1."""
+    return torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, bias_N, "none", [], "")

@@ -127,7 +127,7 @@ def test_many_siblings_of_very_different_lengths_below_several_parents():
         paths.append(([*range(6)] if i % 3 else [*range(4), *range(6, 6 + i % 5 + 1)], own))
         rows += own
     layout = layout_of(paths, root=4)
-    blocks = _attention_cpu.blocks_of(layout)
+    blocks = _attention_cpu._blocks(layout)
     assert any(block.q_place_M is not None for block in blocks) and any(block.hide_S11K is not None for block in blocks)
     check(layout, seed=3)
 
@@ -141,7 +141,7 @@ def test_long_segments(lengths, root):
         paths.append((range(lengths[0] - 1), own))
         rows += own
     layout = layout_of(paths, root=lengths[0] - 1 if root else 0)
-    assert any(isinstance(b.q_rows_SQ, slice) or not b.own for b in _attention_cpu.blocks_of(layout))
+    assert any(isinstance(b.q_rows_SQ, slice) or not b.own for b in _attention_cpu._blocks(layout))
     tensors = inputs(layout, 2, 1, 4)
     assert_close(results(layout, tensors), exact(layout, tensors))
 
@@ -162,7 +162,7 @@ def test_every_key_of_every_query_is_multiplied_once(monkeypatch, largest):
     monkeypatch.setattr(_attention_cpu, "LARGEST_SQUARE", largest)
     layout = make_layout(random.Random(5), root=6, segments=9, longest=60, past=2)
     pairs, begun = torch.zeros_like(seen(layout), dtype=torch.int64), set()
-    for block in _attention_cpu.blocks_of(layout):
+    for block in _attention_cpu._blocks(layout):
         q_rows, k_rows = (
             torch.arange(rows.start, rows.stop)[None] if isinstance(rows, slice) else rows
             for rows in (block.q_rows_SQ, block.k_rows_SK)
@@ -248,7 +248,7 @@ def test_large_scores(size, dtype):
     """Up to 1e3 and 1e5: what is left of the softmax is one key, and nothing overflows, in padded places either."""
     paths = [(range(0), 5), (range(5), 2), (range(5), 30), (range(4), 1), ([*range(5), 5, 6], 3)]
     layout = layout_of(paths, root=3)
-    assert any(block.q_place_M is not None for block in _attention_cpu.blocks_of(layout))
+    assert any(block.q_place_M is not None for block in _attention_cpu._blocks(layout))
     q, k, v = inputs(layout, dtype=dtype)
     tensors = [(size * q.detach()).requires_grad_(), (size * k.detach()).requires_grad_(), v]
     found, wanted = results(layout, tensors), exact(layout, tensors)
@@ -383,7 +383,7 @@ def test_the_compiler_sees_the_plain_form_and_gets_the_same():
 def test_calls_are_made_once_a_tree(monkeypatch):
     layout = make_layout(random.Random(2), root=2, segments=4, longest=3)
     made, real = [], _attention_cpu._blocks
-    monkeypatch.setattr(_attention_cpu, "_blocks", lambda found: made.append(found) or real(found))
+    monkeypatch.setattr(_attention_cpu, "_blocks", lambda found, taken: made.append(found) or real(found, taken))
     for seed in range(3):
         results(layout, inputs(layout, seed=seed))
     assert made == [layout]
