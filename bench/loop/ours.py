@@ -35,7 +35,7 @@ class FastppoLoop:
         # No token ends an answer: every sample has the same number of tokens, in both engines.
         self.model = ActorCritic(replace(base, eos_ids=(vocab,)), self.config)
         self.optimizer = optim.make_optimizer(self.model.trainable(), 0.0, self.config.ppo.adam_eps)
-        self.good = good_tokens(base.model).cpu()
+        self.good, self.judged = good_tokens(base.model).cpu(), workload.judged
         self.device, self.step = device, 0
         self.curve: list[float] = []
         self.phases: dict[str, float] = {}
@@ -66,7 +66,7 @@ class FastppoLoop:
         )  # fmt: skip
 
     def rewards(self, rollout: Rollout) -> list[float]:
-        return self.good[torch.tensor([sample.tokens for sample in rollout.samples])].mean(1).tolist()
+        return self.good[torch.tensor([sample.tokens[-self.judged :] for sample in rollout.samples])].mean(1).tolist()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

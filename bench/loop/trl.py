@@ -42,13 +42,13 @@ class _Reward(nn.Module):
         def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
             return SimpleNamespace(hidden_states=[torch.stack([input_ids, attention_mask.long()], -1)])
 
-    def __init__(self, good: Tensor, response: int):
+    def __init__(self, good: Tensor, judged: int):
         super().__init__()
-        self.backbone, self.response = self.Backbone(), response
+        self.backbone, self.judged = self.Backbone(), judged
         self.register_buffer("good", good)
 
     def score(self, states: Tensor) -> Tensor:
-        good = self.good[states[:, -self.response :, 0]] * states[:, -self.response :, 1]  # type: ignore[index]
+        good = self.good[states[:, -self.judged :, 0]] * states[:, -self.judged :, 1]  # type: ignore[index]
         share = good.mean(1, keepdim=True).expand(-1, states.shape[1])
         return share[..., None]
 
@@ -97,7 +97,7 @@ class TrlLoop:
             warnings.simplefilter("ignore")
             self.trainer = PPOTrainer(
                 args=args, processing_class=SimpleNamespace(pad_token_id=pad, eos_token_id=pad + 1), model=policy,
-                ref_model=None, reward_model=_Reward(good_tokens(policy), workload.response), value_model=critic,
+                ref_model=None, reward_model=_Reward(good_tokens(policy), workload.judged), value_model=critic,
                 train_dataset=rows, data_collator=lambda batch: _left_padded(batch, pad), peft_config=lora,
             )  # fmt: skip
         # In order, so that both engines see the same prompts in the same iteration.

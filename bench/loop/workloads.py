@@ -22,8 +22,9 @@ class Workload:
     """One shape of PPO iteration.
 
     template: tokens that all prompts begin with. own: shortest and longest rest of a prompt, uniform. response: new tokens of
-    every sample (nothing ends early). prompts, samples: of an iteration, and of each prompt. iterations: for the comparison.
-    kl_coef: weight of the KL to the base, a sum over a sample's tokens, beside a reward of at most 1 a sample: so that the
+    every sample (nothing ends early). judged: how many of them, the last ones, the toy rule looks at, as an answer stands at the
+    end: with lambda at 0.95 no credit reaches the first of 256. prompts, samples: of an iteration, and of each prompt.
+    iterations: for the comparison. kl_coef: weight of the KL to the base, a sum over a sample's tokens, beside a reward of at most 1 a sample: so that the
     rule is worth learning.
     """
 
@@ -32,6 +33,7 @@ class Workload:
     template: int
     own: tuple[int, int]
     response: int
+    judged: int
     prompts: int
     samples: int
     iterations: int
@@ -47,11 +49,11 @@ WORKLOADS = {
     w.name: w
     for w in (
         Workload("cola", "80-token instruction, a short sentence, 4 new tokens",
-                 80, (8, 24), 4, 64, 1, 20, 0.05),
+                 80, (8, 24), 4, 4, 64, 1, 20, 0.05),
         Workload("few-shot", "200-token instruction with examples, a short sentence, 4 new tokens",
-                 200, (8, 24), 4, 64, 1, 20, 0.05),
-        Workload("gsm8k", "100-token prompts that share nothing, 4 samples each, 256 new tokens",
-                 0, (80, 120), 256, 16, 4, 10, 0.0005),
+                 200, (8, 24), 4, 4, 64, 1, 20, 0.05),
+        Workload("gsm8k", "100-token prompts, 20 of them an instruction, 4 samples each, 256 new tokens",
+                 20, (60, 100), 256, 8, 16, 4, 20, 0.0005),
     )
 }  # fmt: skip
 LR = 1e-3
@@ -73,7 +75,7 @@ def prompts_of(workload: Workload, vocab: int, iterations: int, seed: int = 0) -
 def good_tokens(model: PreTrainedModel) -> Tensor:
     """[V] float32 of zeros and ones, about half of each: the tokens that the toy rule rewards, those whose row of the frozen
     head has a positive first coordinate. LoRA can learn that; a random half of the ids it could not, for behind a frozen random
-    head the mean gap between their logits is about zero. A sample's reward is the share of such tokens among its own."""
+    head the mean gap between their logits is about zero. A sample's reward is the share of such tokens among those judged."""
     return (model.get_output_embeddings().weight.detach()[:, 0] > 0).float()
 
 

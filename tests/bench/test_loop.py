@@ -26,7 +26,7 @@ from fastppo.batch.token_tree import common_prefix
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 VOCAB = config_of("tiny").vocab_size
-SMALL = Workload("cola", "made up", template=6, own=(2, 4), response=3, prompts=4, samples=2, iterations=5, kl_coef=0.05)
+SMALL = Workload("cola", "made up", template=6, own=(2, 4), response=3, judged=3, prompts=4, samples=2, iterations=5, kl_coef=0.05)
 needs_trl = pytest.mark.skipif(peers.missing("TRL") is not None, reason=str(peers.missing("TRL")))
 
 
