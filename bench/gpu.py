@@ -365,4 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; what is done is stored, and the same command goes on with the rest", file=sys.stderr)
+        sys.exit(130)

@@ -174,8 +174,9 @@ class Record:
                 }  # fmt: skip
 
     def losses(self) -> dict[str, float]:
-        """Figures that are worse than the stored one by more than `LOSS`, and on a CPU than the spread: by what share of it."""
-        found = {}
+        """Figures that are worse than the stored one by more than `LOSS`, and on a CPU than the spread: by what share of it.
+        All of it (1) where a figure was stored and is no longer measured."""
+        found = {name: 1.0 for name in self.reference if name not in self.figures}
         for name, figure in self.figures.items():
             old = self.reference.get(name)
             if figure.value is not None and figure.better and old is not None and old.get("unit") == figure.unit:

@@ -420,9 +420,12 @@ def loss_table(found: list[tuple[Device, Record, str, float]]) -> str:
         return f"None: no figure is more than {100 * LOSS:.0f} % worse than the best that was stored for it {rule}.\n"
     rows = []
     for device, record, name, loss in found:
-        old, now = record.reference[name], record.figures[name]
-        values = [short(now.value, escape(now.unit)), short(old["value"]), escape(str(old.get("commit") or "unknown")[:9])]
-        rows.append([escape(device.folder.name), escape(record.part), escape(name), *values, f"**{100 * loss:.0f} % worse**"])
+        old, now = record.reference[name], record.figures.get(name)
+        value, worse = (
+            ("", "no longer measured") if now is None else (short(now.value, escape(now.unit)), f"{100 * loss:.0f} % worse")
+        )
+        values = [value, short(old["value"]), escape(str(old.get("commit") or "unknown")[:9])]
+        rows.append([escape(device.folder.name), escape(record.part), escape(name), *values, f"**{worse}**"])
     return table(["device", "part", "figure", "now", "best stored", "at commit", "loss"], rows)
 
 
@@ -458,10 +461,16 @@ def page(devices: list[Device], problems: list[str], results: Path, pictures: Pi
 def check(devices: list[Device], problems: list[str]) -> int:
     found = losses(devices)
     for device, record, name, loss in found:
-        old, new = record.reference[name], record.figures[name]
-        where = f"{device.folder.name}, {record.part}, {name}"
-        at = str(old.get("commit") or "unknown")[:9]
-        print(f"{where}: {short(new.value)} {new.unit} is {100 * loss:.0f} % worse than {short(old['value'])} (commit {at})")
+        old, new = record.reference[name], record.figures.get(name)
+        where, at = (
+            f"{device.folder.name}, {record.part}, {name}",
+            f"{short(old['value'])} (commit {str(old.get('commit') or 'unknown')[:9]})",
+        )
+        print(
+            f"{where}: no longer measured; it was {at}"
+            if new is None
+            else f"{where}: {short(new.value)} {new.unit} is {100 * loss:.0f} % worse than {at}"
+        )
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if found else 2 if problems else 0

@@ -12,6 +12,8 @@ the time was too short for a figure.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 import time
 import warnings
@@ -48,6 +50,12 @@ def main() -> int:
         parser.error(f"--iterations: {args.iterations}; expected {compare.FEWEST + 2} or more (first and last do not count)")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU that torch can use")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads: {args.threads}; expected 1 or more")
+    if not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes: {args.minutes}; expected a number above 0")
+    if args.out is not None and (args.out.is_dir() or any(parent.is_file() for parent in args.out.parents)):
+        parser.error(f"--out: {args.out}; expected a file, in a folder")
     if args.threads:
         torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", FutureWarning)
@@ -64,25 +72,42 @@ def main() -> int:
     out = args.out or folder_of(device) / f"{part}.json"
     settings = compare.settings_of(workload, args.model, dtype, iterations)
     record = Record(part, machine(device), settings)
-    record.follow(Record.load(out))
-    out.parent.mkdir(parents=True, exist_ok=True)  # an error before all the work, not after it
+    stored = Record.load(out)
+    record.follow(stored)
+    # What is stored and whole is replaced by what is whole and measured as it is measured without options, by nothing less.
+    whole = stored is not None and stored.complete
+    place = out.with_suffix(".unfinished") if whole else out
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)  # an error before all the work, not after it
+    except OSError as error:
+        parser.error(f"--out: {out}: {error.strerror}")
     begun = time.monotonic()
     deadline = begun + 60 * args.minutes
-    if args.ablations:
-        prompts = prompts_of(workload, config_of(args.model).vocab_size, iterations)
-        ablations.measure(record, out, workload, args.model, device, dtype, deadline, prompts)
-        record.complete = True
-    else:
-        compare.measure(record, out, workload, args.model, device, dtype, deadline)
+    stopped = False
+    try:
+        if args.ablations:
+            prompts = prompts_of(workload, config_of(args.model).vocab_size, iterations)
+            ablations.measure(record, place, workload, args.model, device, dtype, deadline, prompts)
+            record.complete = True
+        else:
+            compare.measure(record, place, workload, args.model, device, dtype, deadline)
+    except KeyboardInterrupt:
+        stopped = True
     record.seconds = round(time.monotonic() - begun, 1)
-    record.save(out)
+    record.save(place)
+    same = stored is not None and stored.settings == json.loads(json.dumps(settings))
+    if place != out and record.complete and (same or args.iterations is None):
+        place = place.replace(out)
+    if stopped:
+        print(f"stopped; what was measured is in {place}", file=sys.stderr)
+        return 130
     for name, figure in record.figures.items():
         print(f"{name}: {figure.value:.4g} {figure.unit}")
     for note in record.notes:
         print(note)
     for name, loss in record.losses().items():
-        print(f"WORSE than stored: {name} by {loss:.0%}")
-    print(f"figures in {out}")
+        print(f"WORSE than stored: {name} by {loss:.0%}" if name in record.figures else f"no longer measured: {name}")
+    print(f"figures in {place}")
     return 0 if record.complete else 3
 
 

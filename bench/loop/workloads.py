@@ -21,11 +21,12 @@ from fastppo.config import Config
 class Workload:
     """One shape of PPO iteration.
 
-    template: tokens that all prompts begin with. own: shortest and longest rest of a prompt, uniform. response: new tokens of
-    every sample (nothing ends early). judged: how many of them, the last ones, the toy rule looks at, as an answer stands at the
-    end: with lambda at 0.95 no credit reaches the first of 256. prompts, samples: of an iteration, and of each prompt.
-    iterations: for the comparison. kl_coef: weight of the KL to the base, a sum over a sample's tokens, beside a reward of at most 1 a sample: so that the
-    rule is worth learning.
+    template: tokens that all prompts begin with (the rule is not learned without: a LoRA of random weights then has nothing
+    constant to shift the hidden states by). own: shortest and longest rest of a prompt, uniform. response: new tokens of every
+    sample (nothing ends early). judged: how many of them, the last ones, the toy rule looks at, as an answer stands at the end:
+    with lambda at 0.95 no credit reaches the first of 256. prompts, samples: of an iteration, and of each prompt. iterations:
+    for the comparison. kl_coef: weight of the KL to the base, a sum over a sample's tokens, beside a reward of at most 1 a
+    sample: so that the rule is worth learning.
     """
 
     name: str

@@ -26,7 +26,9 @@ from fastppo.batch.token_tree import common_prefix
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 VOCAB = config_of("tiny").vocab_size
-SMALL = Workload("cola", "made up", template=6, own=(2, 4), response=3, judged=3, prompts=4, samples=2, iterations=5, kl_coef=0.05)
+SMALL = Workload(
+    "cola", "made up", template=6, own=(2, 4), response=3, judged=3, prompts=4, samples=2, iterations=5, kl_coef=0.05
+)
 needs_trl = pytest.mark.skipif(peers.missing("TRL") is not None, reason=str(peers.missing("TRL")))
 
 
@@ -285,7 +287,7 @@ def test_without_trl_there_are_our_figures_and_how_to_install_it(run, tmp_path, 
     monkeypatch.setattr(peers, "importlib", nothing)
     status, record, printed = run("--iterations", "5")
     assert status == 0 and record.complete
-    assert record.notes == ["TRL is not installed: pip install 'fastppo[peers]'"] and record.notes[0] in printed
+    assert record.notes == ["TRL is not installed: pip install -c constraints.txt -e .[peers]"] and record.notes[0] in printed
     assert record.figures.keys() == {"fastppo samples/s", "fastppo MiB"} and run.asked == ["fastppo"]
     assert record.data["curves"].keys() == record.data["learned"].keys() == record.data["phases"].keys() == {"fastppo"}
     page = page_of(run.out, tmp_path)

@@ -26,7 +26,9 @@ from fastppo_kernels import linear_ppo_loss, unpatch_peft
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 VOCAB = config_of("tiny").vocab_size
-SMALL = Workload("cola", "made up", template=6, own=(2, 6), response=3, judged=3, prompts=4, samples=2, iterations=5, kl_coef=0.05)
+SMALL = Workload(
+    "cola", "made up", template=6, own=(2, 6), response=3, judged=3, prompts=4, samples=2, iterations=5, kl_coef=0.05
+)
 PROMPTS = prompts_of(SMALL, VOCAB, 8)
 CONTEXTS = {name: context for name, _, context, _ in IDEAS if context is not None}
 EQUAL = ["own trunk", "tree", "chunked head", "kernels", "reused forward"]  # which draw the same tokens

@@ -97,8 +97,8 @@ def test_rates_are_of_what_is_multiplied_and_moved(monkeypatch):
 def test_a_missing_peer_says_how_to_install_it(monkeypatch):
     assert peers.missing("peft") is None
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert peers.missing("TRL") == "TRL is not installed: pip install 'fastppo[peers]'"
-    assert peers.missing("flash-attn") == "flash-attn is not installed: pip install 'fastppo[flash]'"
+    assert peers.missing("TRL") == "TRL is not installed: pip install -c constraints.txt -e .[peers]"
+    assert peers.missing("flash-attn") == "flash-attn is not installed: pip install -e .[flash]"
 
 
 def test_pytest_bench_without_its_plugin_is_one_line():
