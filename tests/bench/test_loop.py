@@ -7,6 +7,7 @@ import sys
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -412,8 +413,27 @@ def test_a_ratio_that_fell_is_named(run, monkeypatch):
     stand_in(monkeypatch, seconds=0.001)
     _, record, printed = run("--iterations", "5")
     assert "ratio" in record.losses() and "WORSE than stored: ratio by" in printed
-    _, other, printed = run("--iterations", "6")  # other settings, other figures
-    assert other.reference == {} and "WORSE" not in printed
+
+
+def test_what_is_stored_and_whole_is_replaced_by_nothing_less(run, monkeypatch, tmp_path):
+    stand_in(monkeypatch)
+    _, first, _ = run("--iterations", "5")
+    assert first.complete
+    _, kept, printed = run("--iterations", "6")  # other settings, other figures
+    place = tmp_path / "cpu" / "loop-cola-tiny.unfinished"
+    assert kept == first and "WORSE" not in printed and str(place) in printed
+    assert Record.load(place).settings["iterations"] == 6 and Record.load(place).reference == {}
+    _, again, _ = run("--iterations", "5")
+    assert again.started >= first.started and again.reference.keys() >= {"ratio"}
+
+    def stop(record, place, *_):
+        record.figures.clear()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "measure", stop)
+    status, kept, printed = run("--iterations", "5")
+    assert status == 130 and kept == again and printed == ""
+    assert Record.load(place).figures == {}
 
 
 @pytest.mark.parametrize(
@@ -423,6 +443,11 @@ def test_a_ratio_that_fell_is_named(run, monkeypatch):
         (["--device", "cuda"], "--device cuda: there is no CUDA GPU"),
         (["--model", "70b"], "invalid choice: '70b'"),
         (["--workload", "chess"], "invalid choice: 'chess'"),
+        (["--threads", "0"], "--threads: 0; expected 1 or more"),
+        (["--minutes", "nan"], "--minutes: nan; expected a number above 0"),
+        (["--minutes", "0"], "--minutes: 0.0; expected a number above 0"),
+        (["--out", __file__ + "/x.json"], "x.json; expected a file, in a folder"),
+        (["--out", str(Path(__file__).parent)], "expected a file, in a folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(monkeypatch, capsys, arguments, said):

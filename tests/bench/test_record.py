@@ -215,11 +215,11 @@ def test_ratios_and_bytes_count_everywhere(unit):
         assert after(record(1.0, unit, on=on), record(10.0, unit, on=on)).losses() == {"it": 0.9}
 
 
-def test_a_figure_that_is_new_or_gone_is_no_loss():
+def test_a_figure_that_is_new_is_no_loss_and_one_that_is_gone_is_a_whole_one():
     now, before = record(), record()
     before.figures["gone"] = Figure(1.0, "ratio", "higher")
     now.figures["new"] = Figure(1.0, "ratio", "higher")
-    assert after(now, before).losses() == {}
+    assert after(now, before).losses() == {"gone": 1.0}
 
 
 def test_a_figure_that_is_gone_for_a_while_is_held_against_the_same():

@@ -324,6 +324,16 @@ def test_a_figure_that_lost_more_than_5_percent_is_flagged(results, capsys):
     assert not results.out.exists()
 
 
+def test_a_figure_that_is_no_longer_measured_is_flagged(results, capsys):
+    now = worse()
+    del now.figures["ratio"]
+    page = results.add(now).report()
+    assert ["cpu", "loop-cola", "ratio", "", "12.0", "a" * 9, "**no longer measured**"] in table_rows(page)
+    capsys.readouterr()
+    assert report.main(["--results", str(results.folder), "--check"]) == 1
+    assert capsys.readouterr().out == f"cpu, loop-cola, ratio: no longer measured; it was 12.0 (commit {'a' * 9})\n"
+
+
 def test_nothing_lost(results, capsys):
     now = loop(ratios=(11.5, 11.5))
     now.follow(loop(ratios=(12.0, 12.0)))  # 4 %
