@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._eager import is_eager
 from .frozen_linear import frozen_linear
 
 # Up to so many rows the Triton GEMM adds up S = x A^T beside y; above, one product of its own makes it once for all programs.
@@ -28,7 +29,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b of one dtype, summed up in float32 and given in `dtype`: that of the factors, or float32 and then never rounded."""
     with no_autocast(a.device):
         if a.dtype == dtype:
-            return frozen_linear(a, b.t())
+            recorded = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+            return frozen_linear(a, b.t()) if is_eager(a) and not recorded else a @ b
         if a.is_cuda and dtype == torch.float32 and a.dtype != torch.float64 and a.numel() > 0:
             return torch.mm(a, b, out_dtype=dtype)
         wide = torch.promote_types(a.dtype, dtype)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._eager import is_eager
+
 # oneDNN makes machine code for every new number of rows, which takes 2 ms: few numbers, then.
 _ROW_MULTIPLE = 64
 # Multiplications below which the call of oneDNN costs more than it spares.
@@ -45,7 +47,7 @@ def frozen_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
         [M, N], which requires no gradient.
     """
     rows, width = x_MK.shape
-    if rows % _ROW_MULTIPLE == 0 and rows * width * len(weight_NK) >= _ONEDNN_WORK:
+    if is_eager(x_MK) and rows % _ROW_MULTIPLE == 0 and rows * width * len(weight_NK) >= _ONEDNN_WORK:
         if row_multiple(x_MK.device, x_MK.dtype) > 1 and x_MK.is_contiguous():
             if add_MN is None:
                 return onednn_linear(x_MK, weight_NK, bias_N)

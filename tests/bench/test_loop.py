@@ -375,7 +375,7 @@ def test_trl_that_fits_nowhere_is_a_note(run, monkeypatch, tmp_path):
 
 def test_without_time_it_says_so_and_gives_no_ratio(run, monkeypatch):
     stand_in(monkeypatch)
-    _, record, _ = run("--iterations", "6", "--minutes", "0")
+    _, record, _ = run("--iterations", "6", "--minutes", "0.0001")
     assert "stopped after 1 of 6 iterations: no more time" in record.notes
     assert "only 0 counted iterations: no ratio" in record.notes
     assert "ratio" not in record.figures and "trl samples/s" not in record.figures
