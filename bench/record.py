@@ -158,7 +158,7 @@ class Record:
         same name. What was measured with other settings is another figure.
         """
         # As JSON has them: it knows neither tuples nor keys that are numbers.
-        if stored is None or not stored._sound() or _plain(stored.settings) != _plain(self.settings):
+        if stored is None or not stored._sound() or plain(stored.settings) != plain(self.settings):
             return
         if stored.machine.get("device") != self.machine["device"]:
             return
@@ -213,7 +213,7 @@ def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _plain(settings: dict[str, Any]) -> Any:
+def plain(settings: dict[str, Any]) -> Any:
     return json.loads(json.dumps(settings))
 
 

@@ -12,7 +12,6 @@ the time was too short for a figure.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 from bench.models import NAMES, config_of
-from bench.record import Record, folder_of, machine
+from bench.record import Record, folder_of, machine, plain
 
 from . import ablations, compare
 from .workloads import WORKLOADS, prompts_of
@@ -95,7 +94,7 @@ def main() -> int:
         stopped = True
     record.seconds = round(time.monotonic() - begun, 1)
     record.save(place)
-    same = stored is not None and stored.settings == json.loads(json.dumps(settings))
+    same = stored is not None and plain(stored.settings) == plain(settings)
     if place != out and record.complete and (same or args.iterations is None):
         place = place.replace(out)
     if stopped:
