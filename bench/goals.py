@@ -52,10 +52,14 @@ class Goal:
         return value <= self.limit if self.at_most else value >= self.limit
 
 
-def not_learned(record: Record) -> list[str]:
-    """The engines of a loop that are not known to have learned its rule. Where there are any, the comparison is void."""
+def void(record: Record) -> str:
+    """Why a loop's comparison does not count; empty where both engines are known to have learned its rule."""
     learned = mapping(record.data.get("learned"))
-    return [name for engine, name in ENGINES.items() if learned.get(engine) is not True]
+    idle = [name for engine, name in ENGINES.items() if learned.get(engine) is False]
+    unknown = [name for engine, name in ENGINES.items() if not isinstance(learned.get(engine), bool)]
+    why = [f"{' and '.join(idle)} did not learn the rule"] if idle else []
+    why += [f"it is not known whether {' and '.join(unknown)} learned the rule"] if unknown else []
+    return f"void: {'; '.join(why)}" if why else ""
 
 
 def _missing(record: Record) -> Reading:
@@ -70,8 +74,8 @@ def compared(figure: str) -> Callable[[Record], list[Reading]]:
     def read(record: Record) -> list[Reading]:
         if figure not in record.figures:
             return [_missing(record)]
-        if idle := not_learned(record):
-            return [Reading(None, why=f"void: {' and '.join(idle)} did not learn the rule")]
+        if why := void(record):
+            return [Reading(None, why=why)]
         return [Reading(record.figures[figure].value, raw=record.figures[figure].raw)]
 
     return read

@@ -38,12 +38,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    from .command import on_interrupt
+
+    on_interrupt("stopped; what is done is stored, and the same command goes on with the rest")
+
 import torch
 
 from . import kernels
+from .command import status_of
 from .gpu_checks import run as checks
 from .gpu_checks.process import die_with_parent, stop
-from .record import ROOT, Record, folder_of, machine, sources
+from .record import ROOT, Damaged, Record, folder_of, machine, sources
 
 MINUTES = 9.0
 # Seconds: what a part needs to begin at all; what it may take over its time; and of that, to end on being told to.
@@ -141,9 +147,10 @@ def state_of(part: Part, folder: Path, here: dict[str, Any]) -> State:
         wrong = len(checks.failed(report))
         text = f"{len(report['cases'])} cases, {wrong} failed"
         return State("left" if not report["complete"] else "failed" if wrong else "done", text, wrong > 0)
-    record = Record.load(path)
-    if record is None:
-        return State("missing", "")
+    try:
+        record = Record.read(path)
+    except Damaged as error:
+        return State("missing", f"what is there cannot be used: {error}" if path.exists() else "")
     failures, wrong = record.data.get("failures", 0), record.data.get("status") == 1
     state = State("missing", "", False, failures, record.started, record.seconds)
     if not checks.same(record.machine, here, peers=part.kind in ("ops", "loop", "ablations")):
@@ -241,6 +248,11 @@ def _lines(process: subprocess.Popen, until: float) -> Iterator[str]:
         yield rest.decode("utf-8", "replace").rstrip()
 
 
+def _written(stored: Record | None, before: State) -> bool:
+    """Whether a part's process has changed its result file, by how it stood before."""
+    return stored is not None and (stored.started, stored.seconds) != (before.started, before.seconds)
+
+
 def keep(part: Part, ended: Ended, folder: Path, here: dict[str, Any], before: State, digest: str) -> State:
     """Say in the part's result file what sources it is of and how it failed, if it did; how the part stands now.
 
@@ -254,7 +266,7 @@ def keep(part: Part, ended: Ended, folder: Path, here: dict[str, Any], before: S
             return State("failed", ended.why, True)
         return state if state.word != "missing" else State("left", "the sources have changed since it began")
     stored = Record.load(path)
-    written = stored is not None and (stored.started, stored.seconds) != (before.started, before.seconds)
+    written = _written(stored, before)
     record = stored or Record(part.name, here)
     record.notes = [note for note in record.notes if not note.startswith(_NOT_FINISHED)]  # of an earlier time
     stamp = {"sources": digest, "status": ended.status, "failures": 0}
@@ -301,7 +313,12 @@ def measure(chosen: list[Part], device: str, folder: Path, minutes: float) -> in
             given = share(part.name, [p.minutes for p in todo], (deadline - time.monotonic()) / 60, minutes)
             print(f"{part.name}: {given:.1f} minutes", flush=True)
             digest = sources(*part.places)
-            ended = run_part(part, device, given, folder)
+            try:
+                ended = run_part(part, device, given, folder)
+            except KeyboardInterrupt:  # what it has got to is of these sources
+                if _written(Record.load(folder / f"{part.name}.json"), states[part.name]):
+                    keep(part, Ended(3, 0.0, []), folder, here, states[part.name], digest)
+                raise
             state = states[part.name] = keep(part, ended, folder, here, states[part.name], digest)
             print(f"{part.name}: {state.word}, {state.text}", flush=True)
             todo.pop(0)
@@ -348,25 +365,29 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"there is no CUDA GPU that torch can use; {advice}", file=sys.stderr)
         return 2
     device = torch.device(args.device)
+    out = args.out or (folder_of(device) / "check.json" if args.check else folder_of(device))
+    if not args.list:  # an error before all the work, not after it
+        wanted = "a file in a folder that can be written" if args.check else "a folder that can be written"
+        try:
+            (out.parent if args.check else out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out: {out}: {error.strerror}; expected {wanted}")
+        if args.check and out.is_dir():
+            parser.error(f"--out: {out} is a folder; expected {wanted}")
     if args.check:
         try:
-            return checks.run(device, args.only, args.minutes, args.out or folder_of(device) / "check.json")
+            return checks.run(device, args.only, args.minutes, out)
         except ValueError as error:
             parser.error(f"--only: {error}")
     chosen = [part for part in parts(args.device) if not args.only or any(_called(part, text) for text in args.only)]
     if not chosen:
         known = ", ".join(part.name for part in parts(args.device))
         parser.error(f"--only: no part is called {' or '.join(args.only)}; there are {known}")
-    folder = args.out or folder_of(device)
     if args.list:
-        show(chosen, args.device, folder)
+        show(chosen, args.device, out)
         return 0
-    return measure(chosen, args.device, folder, args.minutes)
+    return measure(chosen, args.device, out, args.minutes)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("stopped; what is done is stored, and the same command goes on with the rest", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(status_of(main))

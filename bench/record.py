@@ -16,6 +16,8 @@ import platform
 import re
 import statistics
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 
+from fastppo.errors import UserError
 from fastppo.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +94,27 @@ def folder_of(device: torch.device) -> Path:
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For what writes by `fastppo.files`, whose advice is for training: one line of what is wrong with `path`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except UserError as error:
+        reason = error.__cause__
+        if not isinstance(reason, OSError):
+            raise
+        allowed = "expected a file in a folder that exists and can be written"
+        raise UserError(f"cannot write {path}: {reason.strerror}; {allowed}") from reason
+
+
+class Damaged(Exception):
+    """A result file that cannot be used; the text says what is wrong with it."""
+
+
 @dataclass
 class Figure:
     """One measured number: the median of ``raw`` where it was measured several times.
@@ -107,6 +131,14 @@ class Figure:
     @classmethod
     def of(cls, raw: list[float], unit: str, better: str | None = None) -> Figure:
         return cls(statistics.median(raw), unit, better, raw)
+
+    @property
+    def contradicts(self) -> float | None:
+        """What the value should be by its samples, if it is another: a hand with an editor changes one and not the other."""
+        if not isinstance(self.raw, list) or not self.raw or not all(map(finite, [self.value, *self.raw])):
+            return None
+        expected = Figure.of(self.raw, self.unit).value
+        return None if math.isclose(self.value, expected, rel_tol=1e-9) else expected
 
     @property
     def quartiles(self) -> list[float]:
@@ -139,16 +171,37 @@ class Record:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(self))
+        with writing(path):
+            write_json(path, asdict(self))
 
     @classmethod
-    def load(cls, path: Path) -> Record | None:
-        """The record in a file, or None where there is none that can be read."""
+    def read(cls, path: Path) -> Record:
+        """The record in a file.
+
+        Raises:
+            Damaged: there is none that can be read, or a figure in it is not the median of its samples.
+        """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             figures = {name: Figure(**figure) for name, figure in found.pop("figures").items()}
-            return cls(**found, figures=figures)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            record = cls(**found, figures=figures)
+        except OSError as error:
+            raise Damaged(f"cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise Damaged(f"is no JSON: {error}") from None
+        except (LookupError, TypeError, AttributeError):
+            raise Damaged("cannot be read as a result file") from None
+        for name, figure in figures.items():
+            if (expected := figure.contradicts) is not None:
+                raise Damaged(f"the figure {name!r} is {figure.value:.10g}, but the median of its samples is {expected:.10g}")
+        return record
+
+    @classmethod
+    def load(cls, path: Path) -> Record | None:
+        """`read`, or None where there is none that can be read."""
+        try:
+            return cls.read(path)
+        except Damaged:
             return None
 
     def follow(self, stored: Record | None) -> None:
@@ -191,8 +244,9 @@ class Record:
     def _apart(self, figure: Figure, old: dict[str, Any]) -> bool:
         """Whether the difference is more than what two runs of the same differ by."""
         stored = old.get("quartiles")  # from a file, where anything may stand
-        sound = isinstance(stored, list) and len(stored) == 2 and all(map(_finite, stored))
-        (low, high), (old_low, old_high) = figure.quartiles, stored if sound else [old["value"]] * 2
+        if not (isinstance(stored, list) and len(stored) == 2 and all(map(finite, stored))):
+            stored = [old["value"]] * 2
+        (low, high), (old_low, old_high) = figure.quartiles, stored
         return self._on_gpu() or high < old_low or old_high < low
 
     def _on_gpu(self) -> bool:
@@ -206,11 +260,15 @@ class Record:
             numbers += [old["value"] for old in self.reference.values()]
         except (LookupError, TypeError, AttributeError):
             return False
-        return isinstance(self.machine, dict) and all(map(_finite, numbers))
+        return isinstance(self.machine, dict) and all(map(finite, numbers))
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def finite(value: Any) -> bool:
+    """Whether it is a number that can be counted with."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def plain(settings: dict[str, Any]) -> Any:

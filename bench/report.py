@@ -4,7 +4,8 @@
 
 Reads every DEVICE/PART.json under bench/results and draws the pictures beside them (pip install matplotlib). With --check
 nothing is written: one line for each figure that is more than 5 % worse than the best that was stored for it (on a CPU, whose
-cores are shared, only where their quartiles lie apart too), and exit status 1 if there is one, 2 if a file cannot be read.
+cores are shared, only where their quartiles lie apart too) and for each file that cannot be read, and exit status 1 if there is
+one.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from fastppo.errors import UserError
 from fastppo.files import write_text
 
 from . import plots
-from .goals import ENGINES, GOALS, LIMIT, OURS, Goal, Reading, not_learned, share_of_limit
-from .record import LOSS, RESULTS, Figure, Record
+from .command import status_of
+from .goals import ENGINES, GOALS, LIMIT, OURS, Goal, Reading, share_of_limit, void
+from .record import LOSS, RESULTS, Figure, Record, writing
 from .stored import Device, dictionaries, mapping, number, read, workload_of
 
 PAGE = RESULTS.parent / "RESULTS.md"
 NOT = "not measured"
+UNREAD = "the stored record could not be read"
 HEAD = f"""# Benchmarks
 
 What has been measured of fastppo, on what, and how far it is from the goals. Made by `python -m bench.report` from the result
@@ -37,7 +40,10 @@ files in `bench/results/`, which hold every raw figure and come from `python -m 
 `python -m bench.loop`.
 
 Figures with a spread are medians, with the smallest and the largest of what was measured. A ratio is of two things measured in
-turn in one run. What was not measured says "{NOT}"; a comparison in which an engine did not learn is void.
+turn in one run. What was not measured says "{NOT}"; a comparison in which an engine is not known to have learned is void.
+"""
+UNCHECKED = """No result of `python -m bench.gpu --check` is stored here. The tests run small forms of its cases in triton's
+interpreter (`tests/bench/test_gpu.py`), which checks the arithmetic, not the compiled kernels.
 """
 
 
@@ -99,7 +105,7 @@ def version_of(machine: dict[str, Any]) -> str:
 def goal_row(goal: Goal, device: Device, part: str, reading: Reading) -> list[str]:
     record = device.records[part]
     what = f"{goal.name} ({reading.which})" if reading.which else goal.name
-    where = f"{device.folder.name}, {part}, {version_of(record.machine)}"
+    where = ", ".join([device.folder.name, part, version_of(record.machine), *device.other_hardware(part)])
     if reading.value is None:
         reached = "void" if reading.why.startswith("void") else NOT
         return [escape(what), goal.words, escape(reading.why), escape(where), reached]
@@ -119,6 +125,13 @@ def goal_table(devices: list[Device], kind: str) -> str:
             if goal.of(part)
             for reading in goal.read(record)
         ]
+        found += [
+            [escape(goal.name), goal.words, escape(f"{UNREAD}: {why}"), escape(f"{device.folder.name}, {part}"), NOT]
+            for device in devices
+            if device.kind == kind
+            for part, why in device.unreadable.items()
+            if goal.of(part)
+        ]
         rows += found or [[escape(goal.name), goal.words, NOT, f"any {kind}", NOT]]
     return table(["goal", "wanted", "measured", "device, part, commit", "reached"], rows)
 
@@ -127,26 +140,20 @@ def goal_table(devices: list[Device], kind: str) -> str:
 
 
 def measured_on(device: Device) -> str:
-    """Device, driver and versions, and of each part when and at which commit."""
-    first = next(iter(device.machines.values()))
-    facts = [escape(device.name)]
-    facts += [f"{first['gibibytes']} GiB"] if number(first.get("gibibytes")) else []
-    facts += [f"{name} {escape(first[name])}" for name in ("driver", "capability") if first.get(name)]
-    versions: dict[str, list[str]] = {}
-    for part, machine in device.machines.items():
-        named = ", ".join(f"{name} {text}" for name, text in mapping(machine.get("versions")).items() if text)
-        versions.setdefault(named or "unknown", []).append(part)
-    lines = [f"Device: {', '.join(facts)}.", ""]
-    for named, parts in versions.items():
-        of = f" ({escape(', '.join(parts))})" if len(versions) > 1 else ""
-        lines += [f"Versions{of}: {escape(named)}.", ""]
+    """Device, driver and versions, and of each part when, at which commit, and what of the former is otherwise."""
+    text = f"Device: {escape(', '.join(device.hardware) or 'unknown')}.\n\n"
+    text += f"Versions: {escape(', '.join(device.versions) or 'unknown')}.\n\n"
+    others = {part: device.other_hardware(part) + device.other_versions(part) for part in device.machines}
     rows = []
     for part, machine in device.machines.items():
         stored = vars(device.records[part]) if part in device.records else mapping(device.check)
         seconds, day = number(stored.get("seconds")), escape(str(stored.get("started") or "unknown")[:10])
         state = "whole" if stored.get("complete") is True else "cut off"
-        rows.append([escape(part), day, short(seconds), version_of(machine), state])
-    return "\n".join(lines) + "\n" + table(["part", "day", "seconds", "commit", "state"], rows)
+        rows.append([escape(part), day, short(seconds), version_of(machine), state, escape(", ".join(others[part]))])
+    rows += [[escape(part), "", "", "", escape(UNREAD), ""] for part in device.unreadable]
+    head = ["part", "day", "seconds", "commit", "state", "differs in"]
+    n_columns = 6 if any(others.values()) else 5
+    return text + table(head[:n_columns], [row[:n_columns] for row in rows])
 
 
 def loops(device: Device) -> str:
@@ -156,11 +163,11 @@ def loops(device: Device) -> str:
         workload = mapping(record.data.get("workload"))
         prompts, samples = (number(workload.get(key)) for key in ("prompts", "samples"))
         if workload.get("what") and prompts is not None and samples is not None:
-            counts = f"{prompts:.0f} prompts an iteration, samples of each: {samples:.0f}"
-            what.append(f"- {name}: {escape(workload['what'])}; {counts}")
+            size = f"{prompts:.0f} prompts an iteration, samples of each: {samples:.0f}"
+            what.append(f"- {name}: {escape(workload['what'])}; {size}")
         found = record.figures.get("ratio")
-        if found and (idle := not_learned(record)):
-            ratio = larger = f"void: {' and '.join(idle)} did not learn the rule"
+        if found and (why := void(record)):
+            ratio = larger = why
         else:
             ratio = spread(found.value, found.raw, "x", "pairs") if found else NOT
             larger = figure(record, "memory ratio", "x")
@@ -178,7 +185,7 @@ def loops(device: Device) -> str:
         if found is None or value_of(record, "trl samples/s") is None:
             said += [f"- {name}: {escape(note)}" for note in record.notes or ["no note says why TRL was not measured"]]
     if not speeds:
-        return f"Whole loop: {NOT}.\n"
+        return ""
     text = "".join(f"{line}\n" for line in [*what, ""] if what)
     text += table(["workload, model", "fastppo samples/s", "TRL samples/s", "fastppo / TRL (spread over pairs)"], speeds)
     head = ["workload, model", "fastppo peak MiB", "TRL peak MiB", "fastppo / TRL"]
@@ -239,7 +246,7 @@ def kernel_groups(record: Record) -> dict[tuple[str, ...], dict[str, dict[str, A
 def kernels(record: Record) -> str:
     groups = kernel_groups(record)
     if not groups:
-        return f"Kernels: {NOT}.\n"
+        return ""
     rows, every = [], []
     for key, forms in groups.items():
         what = [escape(name) for name in key]
@@ -273,7 +280,7 @@ def updates(device: Device) -> str:
             names = (f"{prefix}{name}" for name in ("MFU", "tokens/s", "ms per micro-batch", "MiB"))
             rows.append([escape(model), prefix.removesuffix(": ") or "default", *(figure(record, name) for name in names)])
     head = ["model", "micro-batch", "percent of the measured GEMM rate", "tokens/s", "ms per micro-batch", "peak MiB"]
-    return table(head, rows) if rows else f"Update: {NOT}.\n"
+    return table(head, rows) if rows else ""
 
 
 def decodes(device: Device) -> str:
@@ -284,27 +291,28 @@ def decodes(device: Device) -> str:
             names = ("tokens/s", "overhead", "share of bandwidth floor")
             rows.append([escape(model), str(size), *(figure(record, f"batch {size}: {name}") for name in names)])
     head = ["model", "batch", "tokens/s", "percent over merged weights", "percent of the bandwidth floor"]
-    return table(head, rows) if rows else f"Decoding: {NOT}.\n"
+    return table(head, rows) if rows else ""
 
 
 def ceilings(device: Device) -> str:
     record = device.records.get("ceilings")
     if record is None or not record.figures:
-        return f"Ceilings: {NOT}.\n"
+        return ""
     rows = ([escape(name), spread(found.value, found.raw, escape(found.unit))] for name, found in record.figures.items())
     return table(["ceiling", "measured"], rows)
 
 
 def correctness(device: Device) -> str:
     if device.check is None:
-        return f"Correctness: {NOT}.\n"
+        return "" if "check" in device.unreadable else UNCHECKED
     cases = {name: mapping(found) for name, found in device.check["cases"].items()}
     bad = {name for name, checks in cases.items() if not all(mapping(check).get("ok") is True for check in checks.values())}
     bad |= {name for name, checks in cases.items() if not checks}
     skipped = {name for name, checks in cases.items() if "memory" in checks} - bad
     text = f"{len(cases)} cases, {len(bad)} failed, {len(skipped)} left out for want of memory"
     text += "" if device.check.get("complete") is True else "; more are left to run"
-    lines = [text + "."]
+    lines = ["Small forms of the cases, in triton's interpreter."] if device.kind == "CPU" else []
+    lines.append(text + ".")
     for tool, outcomes in device.check["sanitizer"].items():
         found = mapping(outcomes)
         wrong = {name for name, outcome in found.items() if mapping(outcome).get("ok") is not True}
@@ -326,7 +334,8 @@ class Pictures:
 
     def __call__(self, path: Path, text: str, draw: Callable[..., None], *arguments: Any) -> str:
         try:
-            draw(path, *arguments)
+            with writing(path):
+                draw(path, *arguments)
         except ImportError:
             self.missing = True
             return f"({escape(text)}: no picture, matplotlib is not installed)\n"
@@ -354,7 +363,7 @@ def curve_picture(device: Device, part: str, record: Record, pictures: Pictures)
 def ratio_picture(device: Device, pictures: Pictures) -> str:
     rows = []
     for part, record in device.of("loop"):
-        if "ratio" in record.figures and not not_learned(record):
+        if "ratio" in record.figures and not void(record):
             found = record.figures["ratio"]
             goals = [g.limit for g in GOALS if g.kind == device.kind and g.of(f"loop-{part}") and g.words.endswith("x TRL")]
             rows.append((", ".join(workload_of(part)), found.value, found.raw, goals[0] if goals else None))
@@ -378,26 +387,29 @@ def kernel_picture(device: Device, record: Record, pictures: Pictures) -> str:
 
 
 def section(device: Device, pictures: Pictures) -> str:
-    gpu = device.kind == "GPU"
-    parts = [f"## {escape(device.folder.name)}", measured_on(device)]
-    parts += ["### Whole loop against TRL", loops(device) + ratio_picture(device, pictures)]
     drawn = [curve_picture(device, part, record, pictures) for part, record in device.of("loop")]
-    parts += ["### Learning curves", "\n".join(drawn) or f"Learning curves: {NOT}.\n"]
-    parts += ["### Each idea switched off in turn"]
     off = []
     for part, record in device.of("ablations"):
         text, rows = ablations(part, record)
         title = f"Each idea switched off: {', '.join(workload_of(part))}"
         path = device.folder / f"ablations-{part}.svg"
         off.append(text + ("\n" + pictures(path, title, plots.ablations, title, rows) if rows else ""))
-    parts += ["\n".join(off) or f"Ablations: {NOT}.\n"]
     ops = device.records.get("ops")
-    parts += ["### Kernels", kernels(ops) + kernel_picture(device, ops, pictures) if ops else f"Kernels: {NOT}.\n"]
-    if gpu or any(device.of("update")):
-        parts += ["### Update", updates(device)]
-    if gpu or any(device.of("decode")):
-        parts += ["### Decoding", decodes(device)]
-    parts += ["### Ceilings", ceilings(device), "### Correctness of the kernels", correctness(device)]
+    parts = [f"## {escape(device.folder.name)}", measured_on(device)]
+    for title, kind, text in (
+        ("Whole loop against TRL", "loop", loops(device) + ratio_picture(device, pictures)),
+        ("Learning curves", "loop", "\n".join(drawn)),
+        ("Each idea switched off in turn", "ablations", "\n".join(off)),
+        ("Kernels", "ops", kernels(ops) + kernel_picture(device, ops, pictures) if ops else ""),
+        ("Update", "update", updates(device)),
+        ("Decoding", "decode", decodes(device)),
+        ("Ceilings", "ceilings", ceilings(device)),
+        ("Correctness of the kernels", "check", correctness(device)),
+    ):
+        unread = [f"- {escape(f'{UNREAD}: {why}')}" for part, why in device.unreadable.items() if part.split("-")[0] == kind]
+        if text or unread or device.kind == "GPU" or kind not in ("update", "decode"):  # of no interest on a CPU
+            found = [part.rstrip("\n") for part in (text, "\n".join(unread)) if part]
+            parts += [f"### {title}", "\n\n".join(found) or f"{title}: {NOT}."]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -446,7 +458,11 @@ def page(devices: list[Device], problems: list[str], results: Path, pictures: Pi
         for note in record.notes
     ]
     parts += ["\n".join(notes) or "None.", "## Not measured yet"]
-    left = [f"- {escape(device.folder.name)}: {', '.join(device.missing()) or 'nothing'}" for device in devices]
+    left = [
+        f"- {escape(device.folder.name)}: "
+        + (", ".join(f"{part} ({UNREAD})" if part in device.unreadable else part for part in device.missing()) or "nothing")
+        for device in devices
+    ]
     left += [f"- {kind}: {NOT} at all" for kind in ("CPU", "GPU") if kind not in {device.kind for device in devices}]
     pending = results / "PENDING.md"
     if pending.exists():
@@ -473,7 +489,7 @@ def check(devices: list[Device], problems: list[str]) -> int:
         )
     for problem in problems:
         print(problem, file=sys.stderr)
-    return 1 if found else 2 if problems else 0
+    return 1 if found or problems else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -482,7 +498,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="default: bench/RESULTS.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a figure is worse than stored")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a figure is worse than stored, or a file damaged"
+    )
     args = parser.parse_args(arguments)
     if not args.results.is_dir():
         print(f"{args.results}: no such folder of results", file=sys.stderr)
@@ -492,7 +510,9 @@ def main(arguments: list[str] | None = None) -> int:
         return check(devices, problems)
     pictures = Pictures(args.out)
     try:
-        write_text(args.out, page(devices, problems, args.results, pictures))
+        text = page(devices, problems, args.results, pictures)
+        with writing(args.out):
+            write_text(args.out, text)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -505,4 +525,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(main))

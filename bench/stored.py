@@ -7,15 +7,15 @@ the report must come all the same.
 from __future__ import annotations
 
 import json
-import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .gpu import parts
-from .record import Record
+from .record import Damaged, Record, finite
 
 WORKLOADS = {"cola": "CoLA-like", "few-shot": "few-shot", "gsm8k": "GSM8K-like"}
 _NAMES = re.compile(rf"check|ceilings|ops|(update|decode)-[\w.]+|(loop|ablations)-({'|'.join(WORKLOADS)})(-[\w.]+)?")
@@ -23,9 +23,7 @@ _NAMES = re.compile(rf"check|ceilings|ops|(update|decode)-[\w.]+|(loop|ablations
 
 def number(value: Any) -> float | None:
     """The value as a finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if finite(value) else None
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -38,17 +36,36 @@ def dictionaries(value: Any) -> list[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def hardware(machine: dict[str, Any]) -> list[str]:
+    """What was measured on: the device's name, its threads or memory, its driver."""
+    device, size = machine.get("device"), number(machine.get("gibibytes"))
+    found = device.split(", ") if isinstance(device, str) else ["device unknown"]
+    found += [f"{size:g} GiB"] if size is not None else []
+    return found + [f"{name} {machine[name]}" for name in ("driver", "capability") if machine.get(name)]
+
+
+def versions(machine: dict[str, Any]) -> list[str]:
+    return [f"{name} {text}" for name, text in mapping(machine.get("versions")).items() if text] or ["unknown"]
+
+
+def usual(each: Iterable[list[str]]) -> list[str]:
+    """What most of them are; of as many, the first."""
+    most = Counter(map(tuple, each)).most_common(1)
+    return list(most[0][0]) if most else []
+
+
 @dataclass
 class Device:
     """What is stored of one device.
 
-    records: by part, in the order of their names. check: ``check.json``, which has a form of its own. machines: by part, what
-    it was measured on. kind: ``GPU`` or ``CPU``.
+    records: by part, in the order of their names. check: ``check.json``, which has a form of its own. unreadable: of a part
+    whose file could not be read, why. machines: by part, what it was measured on. kind: ``GPU`` or ``CPU``.
     """
 
     folder: Path
     records: dict[str, Record] = field(default_factory=dict)
     check: dict[str, Any] | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
     def machines(self) -> dict[str, dict[str, Any]]:
@@ -57,13 +74,32 @@ class Device:
 
     @property
     def kind(self) -> str:
+        if not self.machines:  # nothing but files that cannot be read
+            return "CPU" if self.folder.name == "cpu" else "GPU"
         return "GPU" if any("capability" in machine for machine in self.machines.values()) else "CPU"
 
     @property
-    def name(self) -> str:
-        # The check names a CPU less well than the records do.
-        names = [machine["device"] for machine in reversed(self.machines.values()) if isinstance(machine.get("device"), str)]
-        return names[0] if names else "device unknown"
+    def hardware(self) -> list[str]:
+        """What most parts were measured on."""
+        return usual(map(hardware, self.machines.values()))
+
+    @property
+    def versions(self) -> list[str]:
+        """What most parts were measured with."""
+        return usual(map(versions, self.machines.values()))
+
+    def other_hardware(self, part: str) -> list[str]:
+        """What the part was measured on that most are not."""
+        return [fact for fact in hardware(self.machines[part]) if fact not in self.hardware]
+
+    def other_versions(self, part: str) -> list[str]:
+        """What the part was measured with that most are not."""
+        found = versions(self.machines[part])
+        if found == ["unknown"] != self.versions:
+            return ["versions unknown"]
+        names = {fact.split()[0] for fact in found}
+        absent = [f"no {name}" for name in (fact.split()[0] for fact in self.versions) if name not in names]
+        return [fact for fact in found if fact not in self.versions] + (absent if self.versions != ["unknown"] else [])
 
     def of(self, kind: str) -> Iterable[tuple[str, Record]]:
         """The records of the parts ``KIND-...``, each with what follows in its name."""
@@ -98,38 +134,41 @@ def read(results: Path) -> tuple[list[Device], list[str]]:
             name = f"{folder.name}/{path.name}"
             if _NAMES.fullmatch(path.stem) is None:
                 problems.append(f"{name}: is none of the parts that are measured")
-            elif path.stem == "check":
-                device.check = _check(path)
-                if device.check is None:
-                    problems.append(f"{name}: cannot be read as the figures of python -m bench.gpu --check")
-            else:
-                record = Record.load(path)
-                if record is None or not _sound(record):
-                    problems.append(f"{name}: cannot be read as a result file")
-                elif record.part != path.stem:
-                    problems.append(f"{name}: holds the part {record.part}")
+                continue
+            try:
+                if path.stem == "check":
+                    device.check = _check(path)
                 else:
+                    device.records[path.stem] = record = _record(path)
                     problems += [f"{name}: {problem}" for problem in _clean(record)]
-                    device.records[record.part] = record
-        if device.machines:
+            except Damaged as error:
+                device.unreadable[path.stem] = f"{name}: {error}"
+                problems.append(device.unreadable[path.stem])
+        if device.machines or device.unreadable:
             devices.append(device)
     return sorted(devices, key=lambda device: (device.kind, device.folder.name)), problems
 
 
-def _check(path: Path) -> dict[str, Any] | None:
+def _check(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        sound = all(isinstance(found[name], dict) for name in ("machine", "cases", "sanitizer"))
-        return found if sound else None
+        if all(isinstance(found[name], dict) for name in ("machine", "cases", "sanitizer")):
+            return found
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        pass
+    raise Damaged("cannot be read as the figures of python -m bench.gpu --check")
 
 
-def _sound(record: Record) -> bool:
+def _record(path: Path) -> Record:
+    record = Record.read(path)
     kinds = (
         (record.part, str), (record.machine, dict), (record.data, dict), (record.notes, list), (record.reference, dict),
     )  # fmt: skip
-    return all(isinstance(value, kind) for value, kind in kinds)
+    if not all(isinstance(value, kind) for value, kind in kinds):
+        raise Damaged("cannot be read as a result file")
+    if record.part != path.stem:
+        raise Damaged(f"holds the part {record.part}")
+    return record
 
 
 def _clean(record: Record) -> list[str]:

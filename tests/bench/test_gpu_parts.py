@@ -217,6 +217,82 @@ def test_a_run_that_is_killed_takes_its_part_along_and_loses_nothing(run, tmp_pa
     assert Record.load(out / "hangs.json").figures and run("a", "b")[2] == ["b"]
 
 
+# As `python -m bench.gpu` runs, with these parts.
+STOPPED = """
+import sys
+from bench import command, gpu
+command.on_interrupt("stopped")
+commands = {name: ("-c", sys.argv[1], name, "{out}", sys.argv[3]) for name in ("a", "hangs", "b")}
+gpu.parts = lambda device: [gpu.Part(name, 0.5, command) for name, command in commands.items()]
+sys.exit(command.status_of(lambda: gpu.main(["--device", "cpu", "--out", sys.argv[2]])))
+"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PYTHONUNBUFFERED": "1"}
+
+
+def interruptible() -> None:
+    """Where the tests run in the background, Ctrl-C is ignored, and by what they start as well."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def started(*command: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command], env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=interruptible, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_ctrl_c_is_one_line_and_loses_nothing_that_is_finished(run, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "stopped"
+    process = started("-c", STOPPED, FAKE, str(out), str(log), HERE=os.environ["HERE"])
+    until = time.monotonic() + 30
+    while not (out / "hangs.json").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "stopped\n") and log.read_text().split() == ["a", "hangs"]
+    assert children and not any(Path(f"/proc/{child}").exists() for child in children)
+    status, lines, ran, records = run("a", "hangs", "b", minutes=0)
+    assert lines[0].startswith("1 of 3 parts are done") and records["a"].complete and records["hangs"].figures
+    assert records["hangs"].data["sources"] == gpu.sources() and not records["hangs"].notes  # stopped, not failed
+
+
+def test_ctrl_c_while_it_still_imports_is_one_line_too(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing')\ntime.sleep(60)\n")
+    process = started("-m", "bench.gpu", "--list", PYTHONPATH=os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]]))
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "stopped; what is done is stored, and the same command goes on with the rest\n"
+
+
+def test_a_folder_of_results_that_cannot_be_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        ["--out", str(tmp_path / "file")],
+        ["--out", str(tmp_path / "file" / "below")],
+        ["--check", "--out", str(tmp_path)],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            gpu.main(["--device", "cpu", *arguments])
+        assert stopped.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"--out: {arguments[-1]}" in line and "folder that can be written" in line
+
+
+def test_a_figure_that_was_edited_by_hand_is_measured_again(run, tmp_path, capsys):
+    run("a")
+    path = tmp_path / "out" / "a.json"
+    record = json.loads(path.read_text())
+    record["figures"]["figure 0"]["raw"] = [3.0]
+    path.write_text(json.dumps(record))
+    state = gpu.state_of(Part("a", 1.0, ()), tmp_path / "out", HERE)
+    said = "what is there cannot be used: the figure 'figure 0' is 1, but the median of its samples is 3"
+    assert (state.word, state.text) == ("missing", said)
+    assert run("a")[2] == ["a"]
+
+
 def test_shares_of_the_time():
     assert share("check", [10, 1, 2], 9, 9) == 3  # a third, for it goes on in the next run
     assert share("check", [10], 9, 9) == 9

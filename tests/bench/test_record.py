@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import record as module
-from bench.record import LOSS, Figure, Record, folder_of, machine, sources
+from bench.record import LOSS, Damaged, Figure, Record, folder_of, machine, sources
+from fastppo.errors import UserError
 
 CPU = {"device": "Made-up CPU, 2 threads", "commit": "old", "changed": False, "versions": {}}
 GPU = CPU | {"device": "Made-up GPU", "capability": "9.0"}
@@ -68,6 +69,58 @@ def test_neither_is_a_file_that_is_not_there_nor_bytes_that_are_no_text(tmp_path
     assert Record.load(tmp_path) is None
     (tmp_path / "part.json").write_bytes(b"\xff\xfe\x00")
     assert Record.load(tmp_path / "part.json") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "raw", "sound"),
+    [
+        (2.0, [1.0, 2.0, 9.0], True), (2.5, [2.0, 3.0], True), (0.1 + 0.2, [0.3], True), (7.0, [], True), (-3.0, [-3], True),
+        (2.1, [1.0, 2.0, 9.0], False), (20.0, [2.0], False), (0.0, [1e-3], False), (-2.0, [2.0], False), (2.00001, [2], False),
+    ],
+)  # fmt: skip
+def test_a_figure_that_is_not_the_median_of_its_samples_damages_the_file(tmp_path, value, raw, sound):
+    """A hand with an editor changes one and leaves the other."""
+    path = tmp_path / "part.json"
+    Record("part", CPU, figures={"right": Figure.of([1.0], "ms"), "it": Figure(value, "ratio", "higher", raw)}).save(path)
+    if sound:
+        assert Record.read(path).figures["it"].value == value
+        return
+    with pytest.raises(Damaged, match="^the figure 'it' is .*, but the median of its samples is "):
+        Record.read(path)
+    now = record(1.0)
+    now.follow(Record.load(path))
+    assert Record.load(path) is None and now.reference == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [('{"part": "a", "fig', "is no JSON: "), ("[]", "cannot be read as a result file"), (None, "cannot be read: ")],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, text, why):
+    path = tmp_path / "part.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(Damaged, match=f"^{why}"):
+        Record.read(path)
+
+
+def test_a_number_that_no_float_can_hold_damages_nothing_else(tmp_path):
+    path = tmp_path / "part.json"
+    path.write_text(
+        json.dumps({"part": "a", "machine": {}, "figures": {"x": {"value": 10**400, "unit": "ms", "raw": [10**400]}}})
+    )
+    now = record(1.0)
+    now.follow(Record.load(path))
+    assert now.reference == {}
+
+
+def test_a_file_that_cannot_be_written_is_one_line_of_its_own(tmp_path):
+    path = tmp_path / "part.json"
+    path.mkdir()
+    with pytest.raises(UserError) as raised:
+        record().save(path)
+    wanted = "expected a file in a folder that exists and can be written"
+    assert str(raised.value) == f"cannot write {path}: Is a directory; {wanted}"
 
 
 # ---- what an earlier record is held against

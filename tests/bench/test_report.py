@@ -12,7 +12,7 @@ import torch
 
 from bench import report
 from bench.goals import GOALS, Rows
-from bench.record import Figure, Record
+from bench.record import ROOT, Figure, Record
 
 VERSIONS = {"torch": "2.13.0", "trl": "1.12.0"}
 CPU = {"device": "Made-up CPU, 2 threads", "versions": VERSIONS, "commit": "a" * 40, "changed": False}
@@ -196,14 +196,32 @@ def test_goals_speak_of_kernels_that_are_measured():
         assert any(goal.read.fits(*names) for names in measured), goal.name
 
 
-@pytest.mark.parametrize("learned", [(True, False), (False, True), (True, None), (None, "yes")])
-def test_a_comparison_in_which_an_engine_did_not_learn_is_void(results, learned):
+@pytest.mark.parametrize(
+    ("learned", "why"),
+    [
+        ((True, False), "TRL did not learn the rule"),
+        ((False, True), "fastppo did not learn the rule"),
+        ((False, False), "fastppo and TRL did not learn the rule"),
+        ((True, None), "it is not known whether TRL learned the rule"),
+        ((None, "yes"), "it is not known whether fastppo and TRL learned the rule"),
+        ((False, None), "fastppo did not learn the rule; it is not known whether TRL learned the rule"),
+    ],
+)
+def test_a_comparison_in_which_an_engine_is_not_known_to_have_learned_is_void(results, learned, why):
     page = results.add(loop(ratios=(99.0, 99.0), memory=0.11, learned=learned)).report()
     for words in (("CoLA-like", "at least 10 x"), ("CoLA-like", "at most half")):
-        _, _, measured, _, reached = goal(page, *words)
-        assert reached == "void" and "did not learn the rule" in measured
-        assert ("TRL" in measured) == (learned[1] is not True) and ("fastppo" in measured) == (learned[0] is not True)
+        assert goal(page, *words)[2::2] == [f"void: {why}", "void"]
+    assert f"void: {why}" in page.split("### Whole loop")[1]
     assert "99.0" not in page and "0.110" not in page and "ratios.svg" not in page
+
+
+@pytest.mark.parametrize("gone", ["learned", "data"])
+def test_of_a_record_that_does_not_say_it_nobody_claims_that_an_engine_did_not_learn(results, gone):
+    stored = json.loads(json.dumps(vars(loop()) | {"figures": {k: vars(v) for k, v in loop().figures.items()}}))
+    del (stored if gone == "data" else stored["data"])[gone]
+    page = results.write("cpu/loop-cola.json", json.dumps(stored)).report()
+    why = "void: it is not known whether fastppo and TRL learned the rule"
+    assert goal(page, "CoLA-like", "at least 10 x")[2] == why and "did not learn" not in page
 
 
 def test_without_trl_its_figures_are_not_measured_and_the_page_says_why(results):
@@ -239,6 +257,21 @@ def test_the_head_and_the_device_say_what_it_is_and_on_what(results):
     unknown = GPU | {"commit": None, "changed": False, "sources": "0123456789abcdef"}
     page = results.add(loop("loop-cola-1.5b", unknown), device="nvidia-h100").report()
     assert goal(page, "at least 20 x", "cola-1.5b")[3].endswith("commit unknown, sources 0123456789abcdef")
+
+
+def test_a_part_that_was_measured_otherwise_than_the_others_says_so(results):
+    one = CPU | {"device": "Made-up CPU, 1 threads", "versions": {"torch": "2.12.0", "peft": "1.0"}}
+    results.add(loop(), ablated(), loop("loop-gsm8k", one), loop("loop-few-shot", CPU | {"commit": "b" * 40, "versions": None}))
+    page = results.report()
+    head, parts = page.split("## cpu")[1].split("| part |")
+    assert "Device: Made-up CPU, 2 threads.\n" in head and "Versions: torch 2.13.0, trl 1.12.0.\n" in head
+    rows = {row[0]: row[3:] for row in table_rows("| part |" + parts.split("\n\n")[0])}
+    assert rows["part"] == ["commit", "state", "differs in"]
+    assert rows["loop-cola"] == rows["ablations-cola"] == ["a" * 9, "whole", ""]
+    assert rows["loop-gsm8k"] == ["a" * 9, "whole", "1 threads, torch 2.12.0, peft 1.0, no trl"]
+    assert rows["loop-few-shot"] == ["b" * 9, "whole", "versions unknown"]
+    assert goal(page, "GSM8K-like", "at least 3 x")[3] == f"cpu, loop-gsm8k, {'a' * 9}, 1 threads"
+    assert goal(page, "CoLA-like", "at least 10 x")[3] == f"cpu, loop-cola, {'a' * 9}"
 
 
 def test_loop_tables(results):
@@ -347,8 +380,9 @@ def test_nothing_lost(results, capsys):
 
 def test_a_check_that_cannot_read_a_file_does_not_say_that_all_is_well(results, capsys):
     results.add(loop()).write("cpu/ops.json", "{")
-    assert report.main(["--results", str(results.folder), "--check"]) == 2
-    assert "cpu/ops.json" in capsys.readouterr().err
+    assert report.main(["--results", str(results.folder), "--check"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cpu/ops.json: is no JSON: ")
 
 
 # ---- whatever lies in the folder
@@ -376,6 +410,57 @@ def test_a_damaged_or_foreign_file_is_named_and_the_rest_comes(results, capsys, 
     assert line.startswith(f"{name}: ")
     assert report.escape(line) in page.split("## Files that could not be read")[1]
     assert goal(page, "CoLA-like", "at least 10 x")[-1] == "**yes**"
+
+
+# Part, heading, words of its goals.
+DAMAGED = [
+    ("loop-cola", "Whole loop", "CoLA-like", "at least 10 x"), ("loop-gsm8k", "Learning curves", "GSM8K-like", "at most half"),
+    ("ablations-cola", "Each idea"), ("update-7b", "Update", "60 %"), ("decode-7b", "Decoding", "merged"),
+    ("ops", "Kernels", "1.25 x"), ("ceilings", "Ceilings"), ("check", "Correctness"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "nvidia-h100"])
+@pytest.mark.parametrize("damaged", DAMAGED, ids=lambda damaged: damaged[0])
+def test_a_damaged_file_is_named_where_its_figures_would_stand(results, device, damaged):
+    part, heading, *words = damaged
+    page = results.write(f"{device}/{part}.json", "{").report()
+    said = f"the stored record could not be read: {device}/{part}.json: "
+    under = page.split(f"## {device}")[1].split(f"### {heading}")[1].split("\n#")[0]
+    assert said in under and "not measured" not in under
+    assert [part, "", "", "", "the stored record could not be read"] in table_rows(page)
+    if words and (device == "cpu") == part.startswith("loop"):  # a goal of this kind of device
+        _, _, measured, where, reached = goal(page, *words)
+        assert measured.startswith(said) and where == f"{device}, {part}" and reached == "not measured"
+
+
+def test_a_damaged_file_is_still_to_be_measured(results):
+    left = results.write("cpu/ops.json", "{").report().split("## Not measured yet")[1]
+    assert "ceilings, ops (the stored record could not be read), " in left
+
+
+def test_a_figure_that_was_edited_by_hand_is_no_result(results, capsys):
+    record = loop(ratios=(1.0, 2.0, 4.0))
+    record.figures["ratio"].value = 20.0
+    page = results.add(record, ablated()).report()
+    said = "cpu/loop-cola.json: the figure 'ratio' is 20, but the median of its samples is 2"
+    assert capsys.readouterr().err.splitlines() == [said]
+    assert said in goal(page, "CoLA-like", "at least 10 x")[2] and "20.0" not in page
+    assert report.main(["--results", str(results.folder), "--check"]) == 1
+
+
+def test_without_a_check_the_page_says_what_runs_instead(results):
+    page = results.add(loop()).report().split("### Correctness of the kernels")[1].split("\n## ")[0]
+    assert "No result of `python -m bench.gpu --check` is stored" in page
+    (file,) = re.findall(r"`(tests/\S+\.py)`", page)
+    assert "def test_every_case_is_right_in_the_interpreter" in (ROOT / file).read_text()
+
+
+def test_a_check_on_a_cpu_is_not_passed_off_as_one_of_compiled_kernels(results):
+    results.write("cpu/check.json", json.dumps(CHECK | {"machine": CPU})).write("h100/check.json", json.dumps(CHECK))
+    cpu, gpu = (part.split("\n## ")[0] for part in results.report().split("### Correctness of the kernels")[1:])
+    assert "in triton's interpreter" in cpu and "3 cases, 1 failed" in cpu
+    assert "interpreter" not in gpu and "3 cases, 1 failed" in gpu
 
 
 def test_bytes_that_are_no_text(results, capsys):
@@ -488,5 +573,14 @@ def test_no_such_folder_is_one_line_and_status_2(tmp_path, capsys):
 
 def test_a_page_that_cannot_be_written_is_one_line_and_status_2(results, capsys):
     results.add(loop())
-    assert report.main(["--results", str(results.folder), "--out", str(results.folder / "no" / "R.md")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    for out, why in ((results.folder / "no" / "R.md", "No such file or directory"), (results.folder, "Is a directory")):
+        assert report.main(["--results", str(results.folder), "--out", str(out)]) == 2
+        wanted = "expected a file in a folder that exists and can be written"
+        assert capsys.readouterr().err == f"cannot write {out}: {why}; {wanted}\n"
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_and_status_2(drawn, capsys):
+    pytest.importorskip("matplotlib")
+    (drawn.add(loop()).folder / "cpu" / "ratios.svg").mkdir()
+    assert report.main(["--results", str(drawn.folder), "--out", str(drawn.out)]) == 2
+    assert capsys.readouterr().err.startswith(f"cannot write {drawn.folder / 'cpu' / 'ratios.svg'}: Is a directory; expected ")
