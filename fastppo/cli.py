@@ -1,4 +1,4 @@
-"""The command line: `fastppo train | eval | export`. Nothing heavy is imported before a command runs."""
+"""The command line: `fastppo train | eval | export | doctor`. Nothing heavy is imported before a command runs."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,6 +56,11 @@ def _parser() -> tuple[_Parser, _Parser]:
     export.add_argument("run", metavar="RUN", type=Path, help="run folder")
     export.add_argument("--to", metavar="DIR", type=Path, required=True, help="folder to make")
     export.add_argument("--merged", action="store_true", help="the whole model with the adapter merged in")
+
+    doctor = commands.add_parser(
+        "doctor", help="say what of this machine training can use, and why not the rest", allow_abbrev=False
+    )
+    doctor.add_argument("--json", action="store_true", help="the same facts as one JSON object")
     return parser, train
 
 
@@ -118,8 +123,9 @@ def _train(args: argparse.Namespace) -> None:
     console = _console()
     console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
     try:
-        from fastppo import trainer
+        from fastppo import allocator, trainer
 
+        allocator.keep_freed_memory()
         if args.resume:
             trainer.resume(run, overrides, console)
         else:
@@ -188,15 +194,25 @@ def _export(args: argparse.Namespace) -> None:
     export.export_run(run, args.to, args.merged, _console())
 
 
-COMMANDS = {"train": _train, "eval": _eval, "export": _export}
+def _doctor(args: argparse.Namespace) -> int:
+    from fastppo import doctor
+
+    return doctor.doctor(None if args.json else _console())
+
+
+# What a command returns is the exit code, None for 0.
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "train": _train, "eval": _eval, "export": _export, "doctor": _doctor,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Runs a command and returns the exit code: the command's, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+    status = 0
     try:
         try:
             args = _parse(sys.argv[1:] if argv is None else argv)
-            COMMANDS[args.command](args)
+            status = COMMANDS[args.command](args) or 0
         except SystemExit as done:  # --help and --version
             if done.code:
                 raise
@@ -211,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left (`| head`). Python would complain once more when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    return 0
+    return status
 
 
 def _say(line: str, status: int) -> int:

@@ -137,6 +137,9 @@ def test_eval_and_export(calls):
         ("eval r --split test", "argument --split: invalid choice: 'test'"),
         ("eval r --lmit 3", "eval: unknown"),
         ("export r", "the following arguments are required: --to"),
+        ("doctor --jsn", "doctor: unknown flag --jsn"),
+        ("doctor --json=1", "argument --json: ignored explicit argument '1'"),
+        ("doctor now", "doctor: unknown argument now"),
         ("export r --to r", "--to: r exists and is not empty; choose another folder"),
     ],
 )

@@ -275,6 +275,8 @@ def _flash_attn() -> Any:
         return f"flash-attn is not installed ({error})"
     except AttributeError as error:
         return f"this flash-attn is not known here ({error})"
+    except Exception as error:  # a build for another torch or CUDA may fail in any way
+        return f"flash-attn cannot be imported ({type(error).__name__}: {error})"
     lacking = _lacks(functions[0], _FLASH_ARGUMENTS) | _lacks(functions[1], _FLASH_ARGUMENTS | {"deterministic", "dq"})
     return f"this flash-attn is not known here (no {', '.join(sorted(lacking))})" if lacking else functions
 
@@ -316,6 +318,8 @@ def _xformers() -> Any:
         return f"xformers is not installed ({error})"
     except AttributeError as error:
         return f"this xformers is not known here ({error})"
+    except Exception as error:  # a build for another torch or CUDA may fail in any way
+        return f"xformers cannot be imported ({type(error).__name__}: {error})"
 
 
 def _width(q: Tensor, v: Tensor) -> int:
