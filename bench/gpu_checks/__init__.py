@@ -5,9 +5,9 @@ from .case import Case
 
 def cases() -> list[Case]:
     """Every case, in the order in which they are checked: what must work first, each op once before any comes again."""
-    from . import heads, layers, lora, losses, models, trees
+    from . import decoder, heads, layers, lora, losses, models, trees
 
-    found = [case for module in (heads, losses, lora, layers, trees, models) for case in module.cases()]
+    found = [case for module in (heads, losses, lora, layers, trees, decoder, models) for case in module.cases()]
     first = {case.ops: case for case in reversed(found)}
     return sorted(found, key=lambda case: case is not first[case.ops])
 

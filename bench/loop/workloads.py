@@ -54,7 +54,7 @@ WORKLOADS = {
         Workload("few-shot", "200-token instruction with examples, a short sentence, 4 new tokens",
                  200, (8, 24), 4, 4, 64, 1, 20, 0.05),
         Workload("gsm8k", "100-token prompts, 20 of them an instruction, 4 samples each, 256 new tokens",
-                 20, (60, 100), 256, 8, 16, 4, 20, 0.0005),
+                 20, (60, 100), 256, 8, 16, 4, 24, 0.0005),
     )
 }  # fmt: skip
 LR = 1e-3

@@ -32,12 +32,11 @@ class Head:
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """[R, V] fp32."""
-        logits = nn.functional.linear(hidden_RH.to(self.weight.dtype), self.weight, self.bias).float() * self.scale
+        logits = nn.functional.linear(hidden_RH.to(self.weight.dtype), self.weight, self.bias).float()
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def logprob(
-        self, hidden_RH: Tensor, targets_A: Tensor, rows_A: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def logprob(self, hidden_RH: Tensor, targets_A: Tensor, rows_A: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability of each target and entropy of its row, both [A] fp32, at the sampling temperature."""
         out = linear_logprob(
             hidden_RH,
@@ -84,6 +83,12 @@ class Backbone:
         self.llama = LlamaTrunk(self.trunk) if LlamaTrunk.suits(self.trunk) else None
         self.packed = self._choose_path()
 
+    @property
+    def threads_may_share(self) -> bool:
+        """Whether several threads may be in the trunk at once. transformers' modules keep things of their own from call to
+        call, and so do rotary embeddings that grow with the sequence."""
+        return self.llama is not None and self.llama.keeps_nothing
+
     def hidden(self, tree: TokenTree, rows_R: Tensor | None = None) -> Tensor:
         """[T, H], or [R, H] of these rows."""
         if self.packed:
@@ -95,9 +100,7 @@ class Backbone:
         """One packed call of the trunk: hidden states [T, H], or [R, H] of these rows. Only where ``packed``."""
         if self.llama is not None:
             return self.llama.run(token_ids_T, positions_T, context, rows_R)
-        out = self.trunk(
-            input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, fastppo_context=context
-        )
+        out = self.trunk(input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, fastppo_context=context)
         hidden_TH = out.last_hidden_state[0]
         return hidden_TH if rows_R is None else hidden_TH[rows_R]
 

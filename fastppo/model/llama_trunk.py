@@ -22,7 +22,17 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2 import Qwen2Model
 from transformers.models.qwen3 import Qwen3Model
 
-from fastppo_kernels import LoRAProjection, frozen_linear, lora_linear_group, rms_norm, rope, row_multiple, swiglu
+from fastppo_kernels import (
+    DecoderWeights,
+    LoRAProjection,
+    decoder_layer,
+    frozen_linear,
+    lora_linear_group,
+    rms_norm,
+    rope,
+    row_multiple,
+    swiglu,
+)
 
 FEWEST_PADDED = 256  # tokens: below, the rows that padding adds would be too many
 
@@ -40,6 +50,11 @@ class LlamaTrunk:
     def suits(trunk: nn.Module) -> bool:
         """Whether this is such a trunk, with nothing in it that a forward of its own would miss."""
         return type(trunk) in SHAPES and trunk.config.hidden_act == "silu" and not any(map(_is_altered, trunk.modules()))  # type: ignore[union-attr]
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether a call leaves the modules as they were."""
+        return self.trunk.rotary_emb.rope_type not in ("dynamic", "longrope")
 
     def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None) -> Tensor:
         """[T, H], or [R, H] of ``rows_R``."""
@@ -61,6 +76,10 @@ class LlamaTrunk:
     ) -> Tensor:
         """The first ``tokens`` rows are real."""
         attention, mlp = layer.self_attn, layer.mlp
+        attend = partial(context.attend, attention.layer_idx, scale=attention.scaling, window=_window(attention), softcap=None)
+        weights = _weights(layer, x_TH.dtype) if context.folded is None else None
+        if weights is not None and not torch.is_autocast_enabled(x_TH.device.type):
+            return decoder_layer(x_TH, cos, sin, weights, attend, rows_R=rows, tokens=tokens, fold=True)
         heads = (x_TH.shape[0], -1, attention.head_dim)
         project = partial(_project, context.folded)
         q, k, v = project(_norm(layer.input_layernorm, x_TH), attention.q_proj, attention.k_proj, attention.v_proj)
@@ -68,8 +87,7 @@ class LlamaTrunk:
         if hasattr(attention, "q_norm"):  # Qwen3
             q, k = _norm(attention.q_norm, q), _norm(attention.k_norm, k)
         q, k = rope(q, k, cos, sin)
-        q, k, v = (x[:tokens] for x in (q, k, v))
-        seen = context.attend(attention.layer_idx, q, k, v, scale=attention.scaling, window=_window(attention), softcap=None)
+        seen = attend(*(x[:tokens] for x in (q, k, v)))
         if rows is None:
             seen = F.pad(seen, (0, 0, 0, 0, 0, len(x_TH) - tokens))
         else:
@@ -77,6 +95,27 @@ class LlamaTrunk:
         x_TH = x_TH + project(seen.flatten(1), attention.o_proj)[0]
         gate, up = project(_norm(layer.post_attention_layernorm, x_TH), mlp.gate_proj, mlp.up_proj)
         return x_TH + project(swiglu(gate, up), mlp.down_proj)[0]
+
+
+def _weights(layer: Any, dtype: torch.dtype) -> DecoderWeights | None:
+    """What `decoder_layer` computes with; None where the layer has something that it does not know, or that is not frozen."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = {"input_norm": layer.input_layernorm, "post_norm": layer.post_attention_layernorm}
+    if hasattr(attention, "q_norm"):  # Qwen3
+        norms |= {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+    if any(norm.weight.requires_grad or norm.weight.dtype != dtype for norm in norms.values()):
+        return None
+    projections: dict[str, Any] = {}
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        module = getattr(attention if name in "qkvo" else mlp, f"{name}_proj")
+        projection = _projection(module)
+        if projection is None or projection.weight.dtype != dtype or projection.weight.requires_grad:
+            return None
+        if projection.bias is not None and projection.bias.requires_grad:
+            return None
+        projections[name] = projection
+    weights = {name: norm.weight for name, norm in norms.items()}
+    return DecoderWeights(eps=norms["input_norm"].variance_epsilon, head_dim=attention.head_dim, **weights, **projections)
 
 
 def _is_altered(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ Every operation has a readable torch implementation that runs on any device, the
 """
 
 from .attention import TreeLayout, attention, attention_backends, decode_attention, tree_attention
+from .decoder_layer import DecoderWeights, decoder_layer
 from .frozen_linear import frozen_linear, row_multiple
 from .gae import gae, whiten
 from .kl import KLEstimator, sampled_kl
@@ -25,6 +26,7 @@ from .token_logprob import selective_log_softmax, token_logprob
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecoderWeights",
     "KLEstimator",
     "LoRAProjection",
     "LoRAWeightBuffer",
@@ -34,6 +36,7 @@ __all__ = [
     "attention",
     "attention_backends",
     "decode_attention",
+    "decoder_layer",
     "frozen_linear",
     "gae",
     "linear_logprob",

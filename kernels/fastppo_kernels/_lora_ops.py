@@ -18,7 +18,6 @@ from torch import Tensor
 from . import _measure
 from ._checks import accumulate_dtype
 from ._products import ROWS_WITH_S, masked, no_autocast, product
-from .frozen_linear import frozen_linear
 
 
 class Projection(NamedTuple):
@@ -135,39 +134,6 @@ def forward(x_MK: Tensor, mask_MG: Tensor | None, projections: Sequence[Projecti
                 y_MN.add_(F.linear(s_MR, adapter.lora_B_NR).mul_(projection.scale))
         outputs.append(y_MN)
     return outputs, kept
-
-
-def fold(projection: Projection) -> Tensor:
-    """W + scale B A: the adapter as part of the weight."""
-    weight_NK, lora_A_RK, lora_B_NR, _, scale = projection
-    if lora_A_RK is None or lora_B_NR is None:
-        return weight_NK
-    return torch.addmm(weight_NK, lora_B_NR, lora_A_RK, alpha=scale)
-
-
-def folded_backward(
-    grads: Sequence[Tensor | None], x_MK: Tensor, projections: Sequence[Projection], need_x: bool, needs: Sequence[Needs]
-) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """(dX, (dA, dB) of each projection) where the forward used `fold`: dX is one product, S is made again for dB."""
-    used = [i for i, grad_MN in enumerate(grads) if grad_MN is not None]
-    grad_x_MK: Tensor | None = None
-    for i in used if need_x else []:
-        weight_NK = fold(projections[i])
-        grad_x_MK = frozen_linear(grads[i], weight_NK.t(), add_MN=grad_x_MK)  # type: ignore[arg-type]
-    found: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(grads)
-    adapted = [i for i in used if projections[i].lora_A_RK is not None and (needs[i].lora_A or needs[i].lora_B)]
-    if not adapted:
-        return grad_x_MK, found
-    A_of = [projections[i].lora_A_RK for i in adapted]
-    ranks = [lora_A_RK.shape[0] for lora_A_RK in A_of]  # type: ignore[union-attr]
-    s_MR = frozen_linear(x_MK, _stack(A_of, 0)).split(ranks, 1)  # type: ignore[arg-type]
-    grad_s_MR = _stack([(grads[i] @ projections[i].lora_B_NR).mul_(projections[i].scale) for i in adapted], 1)  # type: ignore[operator]
-    grad_A_RK = (grad_s_MR.t() @ x_MK).split(ranks, 0)
-    for i, s_part, grad_A in zip(adapted, s_MR, grad_A_RK, strict=True):
-        grad_B = (grads[i].t() @ s_part).mul_(projections[i].scale) if needs[i].lora_B else None  # type: ignore[union-attr]
-        # Copies, so that no two gradients share memory.
-        found[i] = (grad_A.clone() if len(adapted) > 1 else grad_A) if needs[i].lora_A else None, grad_B
-    return grad_x_MK, found
 
 
 def _bias(projection: Projection, dtype: torch.dtype) -> Tensor | None:

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _lora_ops
+from . import _lora_fold, _lora_ops
 from ._checks import check_both, check_device, check_float, check_number, check_shape
 from ._dispatch import VARIABLE, Backend, use_triton
 from ._eager import is_eager
 from ._products import no_autocast
-from .frozen_linear import frozen_linear
 
 
 class LoRAProjection(NamedTuple):
@@ -98,8 +97,8 @@ class _FoldedGroup(torch.autograd.Function):
         ctx.scales = scales
         ctx.set_materialize_grads(False)
         with no_autocast(x_MK.device):
-            projections = _lora_ops.projections_of(flat, scales)
-            return tuple(frozen_linear(x_MK, _lora_ops.fold(each), each.bias_N) for each in projections)
+            outputs = _lora_fold.forward(x_MK, _lora_ops.projections_of(flat, scales))
+            return tuple(y_MN.contiguous() for y_MN in outputs)  # not views of one tensor, which callers may change in place
 
     @staticmethod
     @once_differentiable
@@ -108,11 +107,11 @@ class _FoldedGroup(torch.autograd.Function):
         needs = _needs(ctx, len(ctx.scales))
         projections = _lora_ops.projections_of(flat, ctx.scales)
         with no_autocast(x_MK.device):
-            grad_x_MK, found = _lora_ops.folded_backward(grads, x_MK, projections, ctx.needs_input_grad[0], needs)
+            grad_x_MK, found = _lora_fold.backward(grads, x_MK, projections, ctx.needs_input_grad[0], needs)
         return grad_x_MK, None, *(gradient for grad_A, grad_B in found for gradient in (None, grad_A, grad_B, None))
 
 
-def _can_fold(x_MK: Tensor, mask_MG: Tensor | None, projections: Sequence[LoRAProjection]) -> bool:
+def can_fold(x_MK: Tensor, mask_MG: Tensor | None, projections: Sequence[LoRAProjection]) -> bool:
     """Whether W + B A is exact enough and less work than the adapter by itself: x has more rows than K N / (K + N)."""
     if not is_eager(x_MK) or mask_MG is not None or x_MK.dtype not in (torch.float32, torch.float64):
         return False
@@ -241,6 +240,13 @@ def lora_linear_group(
     return checked_group(x, projections, mask_MG, backend, fold)
 
 
+def choice_of(x: Tensor, backend: Backend | None) -> str:
+    """What `_lora_ops` is to choose from: "torch", "triton", or "auto", the faster of both."""
+    if use_triton(x, backend) and x.dtype != torch.float64:
+        return "triton" if (backend or os.environ.get(VARIABLE)) == "triton" else "auto"
+    return "torch"
+
+
 def checked_group(
     x: Tensor, projections: Sequence[LoRAProjection], mask_MG: Tensor | None, backend: Backend | None, fold: bool = False
 ) -> tuple[Tensor, ...]:
@@ -248,11 +254,9 @@ def checked_group(
     leading = x.shape[:-1]
     x_MK = x.reshape(-1, x.shape[-1])
     scales = tuple(float(projection.scale) for projection in projections)
-    choice = "torch"
-    if use_triton(x, backend) and x.dtype != torch.float64:
-        choice = "triton" if (backend or os.environ.get(VARIABLE)) == "triton" else "auto"
+    choice = choice_of(x, backend)
     flat = [tensor for weight, lora_A, lora_B, _, bias in projections for tensor in (weight, lora_A, lora_B, bias)]
-    if fold and choice == "torch" and _can_fold(x_MK, mask_MG, projections):
+    if fold and choice == "torch" and can_fold(x_MK, mask_MG, projections):
         outputs = _FoldedGroup.apply(x_MK, scales, *flat)
     elif choice == "torch" and _is_small(x_MK, mask_MG, projections):
         outputs = tuple(_compose(x_MK, projection) for projection in projections)

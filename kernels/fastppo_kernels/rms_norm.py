@@ -98,9 +98,29 @@ class _Frozen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_K, rstd = ctx.saved_tensors
-        wide, slope = x.to(rstd.dtype), grad_y.to(rstd.dtype) * weight_K.to(rstd.dtype)
-        share = (slope * wide).mean(-1, keepdim=True).mul_(rstd.pow(3)).neg_()
-        return slope.mul_(rstd).addcmul_(wide, share).to(x.dtype), None, None
+        return _gradient(grad_y, x, weight_K, rstd), None, None
+
+
+def _gradient(grad_y: Tensor, x: Tensor, weight_K: Tensor, rstd: Tensor) -> Tensor:
+    """dx of the definition; rstd [.., 1]."""
+    wide, slope = x.to(rstd.dtype), grad_y.to(rstd.dtype) * weight_K.to(rstd.dtype)
+    share = (slope * wide).mean(-1, keepdim=True).mul_(rstd.pow(3)).neg_()
+    return slope.mul_(rstd).addcmul_(wide, share).to(x.dtype)
+
+
+def normalise(x_MK: Tensor, weight_K: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of rows and what its gradient needs besides, without autograd: (y, rstd)."""
+    if use_triton(x_MK, None) and torch.float64 not in (x_MK.dtype, weight_K.dtype):
+        return _rms_norm(rows_of(x_MK, x_MK.shape[1]), weight_K.contiguous(), float(eps), 0.0)
+    return _normalised(x_MK, weight_K, eps, 0.0)
+
+
+def normalise_backward(grad_y_MK: Tensor, x_MK: Tensor, weight_K: Tensor, rstd: Tensor) -> Tensor:
+    """dx, of what `normalise` gave."""
+    if rstd.dim() == 1:
+        rows = rows_of(x_MK, x_MK.shape[1])
+        return _rms_norm_backward(grad_y_MK, rows, weight_K.contiguous(), rstd, 0.0, False)[0]
+    return _gradient(grad_y_MK, x_MK, weight_K, rstd)
 
 
 def _check(x: Tensor, weight: Tensor, eps: float, offset: float) -> None:

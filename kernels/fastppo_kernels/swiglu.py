@@ -108,6 +108,26 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Tenso
     return F.silu(gate) * up
 
 
+def _by_triton(gate: Tensor) -> bool:
+    return use_triton(gate, None) and gate.dtype != torch.float64
+
+
+def gated(gate_MN: Tensor, up_MN: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`swiglu` without autograd, and, where torch made it, silu(gate)."""
+    if _by_triton(gate_MN):
+        return swiglu(gate_MN, up_MN), None
+    silu_MN = F.silu(gate_MN)
+    return silu_MN * up_MN, silu_MN
+
+
+def gated_backward(grad_h_MN: Tensor, gate_MN: Tensor, up_MN: Tensor, silu_MN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up; torch's are those of its autograd, to the bit. silu_MN: as `gated` gave it."""
+    if silu_MN is None:
+        columns = gate_MN.shape[1]
+        return _swiglu_backward(grad_h_MN, rows_of(gate_MN, columns), rows_of(up_MN, columns))
+    return torch.ops.aten.silu_backward(grad_h_MN * up_MN, gate_MN), grad_h_MN * silu_MN
+
+
 @torch.library.custom_op("fastppo_kernels::swiglu_lora", mutates_args=("out",))
 def _swiglu_lora(
     gate_MN: Tensor,

@@ -66,9 +66,9 @@ def test_adapters_compute_as_in_peft(kind, monkeypatch):
     module = importlib.import_module("fastppo_kernels.lora_linear")
     monkeypatch.setattr(module, "_SMALL_WORK", 0)  # tiny as the model is, not the composition that peft has, too
     calls = []
-    for name in ("backward", "folded_backward"):
-        real = getattr(module._lora_ops, name)
-        monkeypatch.setattr(module._lora_ops, name, lambda *a, real=real: calls.append(1) or real(*a))
+    for operations in (module._lora_ops, module._lora_fold):
+        real = operations.backward
+        monkeypatch.setattr(operations, "backward", lambda *a, real=real: calls.append(1) or real(*a))
     tree, found = make_tree(), []
     for patched in (True, False):
         model = make_model(kind)

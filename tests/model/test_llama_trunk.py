@@ -8,6 +8,7 @@ import copy
 import random
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 
 import pytest
 import torch
@@ -29,7 +30,6 @@ from transformers import (
 
 from fastppo.batch.token_tree import build_tree
 from fastppo.config import load_config
-from fastppo.model import llama_trunk
 from fastppo.model.actor_critic import CRITIC, POLICY, ActorCritic
 from fastppo.model.backbone import Backbone
 from fastppo.model.llama_trunk import LlamaTrunk
@@ -203,8 +203,9 @@ def test_rows(kind, which):
 
 def test_rows_that_nobody_reads_are_left_out_behind_the_last_attention(monkeypatch):
     model, tree = make("llama"), make_tree()
-    seen, real = [], llama_trunk.swiglu
-    monkeypatch.setattr(llama_trunk, "swiglu", lambda gate, up: seen.append(len(gate)) or real(gate, up))
+    layer = import_module("fastppo_kernels.decoder_layer")
+    seen, real = [], layer.swiglu
+    monkeypatch.setattr(layer, "swiglu", lambda gate, up: seen.append(len(gate)) or real(gate, up))
     model.backbone.hidden(tree, tree.head_rows)
     n, rows = tree.n_tokens, len(tree.head_rows)
     assert rows < n and seen == [n, n, rows]
