@@ -9,8 +9,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for what is asked for next; elsewhere nothing happens.
 
-    By itself it returns large blocks to the system, which hands out zeroed pages for the next ones: a page fault for every
-    4 KiB, a twentieth of a PPO iteration on two cores. It is for programs, which own their process, not for libraries.
+    By itself it returns large blocks to the system, which hands out zeroed pages for the next ones, with a page fault for every
+    4 KiB. It is for programs, which own their process, not for libraries.
     """
     if sys.platform != "linux":
         return

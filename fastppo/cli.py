@@ -123,9 +123,12 @@ def _train(args: argparse.Namespace) -> None:
     console = _console()
     console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
     try:
+        import torch
+
         from fastppo import allocator, trainer
 
-        allocator.keep_freed_memory()
+        if not torch.cuda.is_available():
+            allocator.keep_freed_memory()
         if args.resume:
             trainer.resume(run, overrides, console)
         else:

@@ -10,18 +10,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 
 from bench import peers
 from bench.memory import peak
 from bench.record import ROOT, Figure, Record
-from fastppo.workers import Workers
 
 from .ours import FastppoLoop
 from .workloads import ALPHA, EPOCHS, LR, RANK, Workload, prompts_of
@@ -265,35 +262,17 @@ def print_memory(
 ) -> None:
     """As one line of JSON: the peak over two iterations (the first makes the optimizer's state)."""
     prompts = prompts_of(workload, _vocab(model), 2)
-    beside = [1]
     if engine == "fastppo":
         ours = FastppoLoop(model, workload, 2, device, dtype)
-
-        def call() -> None:
-            with _one_at_a_time(beside):
-                for of_iteration in prompts:
-                    ours.iterate(of_iteration)
+        call: Callable[[], Any] = lambda: [ours.iterate(of_iteration) for of_iteration in prompts]  # noqa: E731
     else:
         from .trl import TrlLoop
 
         trl = TrlLoop(model, workload, prompts, device, dtype, micro_batch)
         call = lambda: trl.run(lambda _: False)  # noqa: E731
     alive = torch.cuda.memory_allocated(device) if device.type == "cuda" else _alive()
-    tensors = alive + peak(call, device) * max(beside)
+    tensors = alive + peak(call, device)
     print(json.dumps({"tensors_MiB": tensors / 2**20, "process_MiB": _process_peak()}))
-
-
-@contextmanager
-def _one_at_a_time(beside: list[int]) -> Iterator[None]:
-    """Worker threads, whose tensors `peak` does not see, switched off; into ``beside`` goes how many there would have been. So
-    many times the peak is then more than enough: as if all of them held the most at once, and everything else as well."""
-
-    def in_turn(workers: Workers, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        beside.append(workers.count(len(items)))
-        return map(function, items)
-
-    with mock.patch.object(Workers, "map", in_turn):
-        yield
 
 
 def _alive() -> int:

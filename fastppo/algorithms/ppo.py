@@ -15,7 +15,7 @@ import torch
 from fastppo.batch.rollout import MicroBatch, MiniBatch, Rollout
 from fastppo.config import Config
 from fastppo.errors import UserError
-from fastppo.model.actor_critic import ActorCritic, Scores
+from fastppo.model.actor_critic import ActorCritic
 from fastppo_kernels import gae, linear_ppo_loss, ppo_value_loss, reduce_metrics, whiten
 
 
@@ -53,22 +53,13 @@ def estimate(
     *parts, last = [part for mini in reversed(minibatches) for part in mini.parts]
     kept = last if before_update and len(minibatches[0].parts) == 1 else None
     parts.append(last)
-    temperature, workers = config.sample.temperature, model.workers
-
-    def score(part: MicroBatch) -> Scores:
+    kl_sum, gap, sums = 0.0 if needs_reference(config) else None, 0.0, []
+    for part in parts:
         with torch.set_grad_enabled(part is kept):
             states = model.states(part.tree)
         if part is kept:
             part.states = states
-        return model.scores(*states, part.tree, temperature=temperature)
-
-    references: list[torch.Tensor | None] = [None] * len(parts)
-    if needs_reference(config):
-        with model.reference():
-            references[:] = workers.map(lambda part: model.reference_logprob(part.tree, temperature=temperature), parts)
-    all_scores = list(workers.map(score, parts))
-    kl_sum, gap, sums = 0.0 if needs_reference(config) else None, 0.0, []
-    for part, scores, reference in zip(parts, all_scores, references, strict=True):
+        scores = model.scores(*states, part.tree, temperature=config.sample.temperature)
         sampled = scores.logprob.new_tensor([x for i in part.samples for x in rollout.samples[i].logprobs])
         worst = float((sampled - scores.logprob).abs().max())
         if not math.isfinite(worst):
@@ -81,7 +72,8 @@ def estimate(
         token_rewards = torch.zeros_like(scores.logprob)
         ends = part.tree.cu_actions[1:].long() - 1
         token_rewards[ends] = token_rewards.new_tensor([rewards[i] for i in part.samples])
-        if reference is not None:
+        if needs_reference(config):
+            reference = model.reference_logprob(part.tree, temperature=config.sample.temperature)
             log_ratio = scores.logprob - reference
             kl_sum = (kl_sum or 0.0) + float(log_ratio.sum())
             part.known["ref_logprob"] = reference
@@ -116,8 +108,12 @@ def update(
     seen, norms, first_log_ratio = [], [], None
     for epoch in range(config.ppo.epochs):
         for m in rng.permutation(len(minibatches)).tolist() if epoch else range(len(minibatches)):
+            metrics = []
             optimizer.zero_grad(set_to_none=True)
-            metrics = _add_gradients(model, minibatches[m], kl_coef, config, critic_only)
+            for part in minibatches[m].parts:
+                loss, part_metrics = _loss(model, part, minibatches[m].n_actions, kl_coef, config, critic_only)
+                loss.backward()
+                metrics.append(part_metrics)
             norm = torch.nn.utils.clip_grad_norm_(model.trainable(critic_only=critic_only), config.ppo.max_grad_norm)
             optimizer.step()
             norms.append(norm)
@@ -128,31 +124,6 @@ def update(
                 if float(reduce_metrics(metrics)["approx_kl"]) > config.ppo.target_kl:
                     return _reduced(seen, norms, first_log_ratio)
     return _reduced(seen, norms, first_log_ratio)
-
-
-def _add_gradients(
-    model: ActorCritic, minibatch: MiniBatch, kl_coef: float, config: Config, critic_only: bool
-) -> list[dict[str, torch.Tensor]]:
-    """The gradient of a mini-batch's loss, into the parameters; metrics of its micro-batches."""
-    metrics = []
-    if model.workers.count(len(minibatch.parts)) == 1:
-        for part in minibatch.parts:
-            loss, part_metrics = _loss(model, part, minibatch.n_actions, kl_coef, config, critic_only)
-            loss.backward()
-            metrics.append(part_metrics)
-        return metrics
-    parameters = model.trainable(critic_only=critic_only)
-
-    def gradients(part: MicroBatch) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
-        loss, part_metrics = _loss(model, part, minibatch.n_actions, kl_coef, config, critic_only)
-        return torch.autograd.grad(loss, parameters, allow_unused=True), part_metrics
-
-    for found, part_metrics in model.workers.map(gradients, minibatch.parts):  # added up in the parts' order, to the same bits
-        for parameter, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        metrics.append(part_metrics)
-    return metrics
 
 
 def _loss(
@@ -193,7 +164,9 @@ def _reduced(
     seen: list[dict[str, torch.Tensor]], norms: list[torch.Tensor], first_log_ratio: torch.Tensor | None
 ) -> dict[str, float]:
     reduced = reduce_metrics(seen)
-    names = [n for n in reduced if n not in ("count", "value_count", "value_error", "value_error_square", "return_square")]
+    names = [
+        n for n in reduced if n not in ("count", "value_count", "value_error", "value_error_square", "return_square")
+    ]
     values = torch.stack([reduced[n] for n in names] + [torch.stack(norms).mean().double()]).tolist()
     result = dict(zip([*names, "grad_norm"], values, strict=True))
     result["steps"] = len(norms)

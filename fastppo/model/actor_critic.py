@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,9 @@ from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.backbone import Backbone
 from fastppo.model.load import Base, first_line
-from fastppo.workers import Workers
 from fastppo_kernels import patch_peft
 
 POLICY, REFERENCE, CRITIC = "policy", "reference", "critic"
-LARGEST_BESIDE = 512  # hidden size up to which two micro-batches side by side are faster than one after the other
 
 
 class Scores(NamedTuple):
@@ -64,7 +62,9 @@ class ActorCritic:
         except ValueError as error:
             raise UserError(f"--lora-targets: {config.lora.targets!r}: {first_line(error)}") from None
         if isinstance(base.model.get_output_embeddings(), BaseTunerLayer):
-            raise UserError(f"--lora-targets: {config.lora.targets!r} adapts the language-model head; the head stays frozen")
+            raise UserError(
+                f"--lora-targets: {config.lora.targets!r} adapts the language-model head; the head stays frozen"
+            )
         known = [f".{name}" for name in self.peft.base_model.targeted_module_names]
         for target in targets if isinstance(targets, list) else []:  # peft itself only objects when none of them is found
             if not any(name.endswith(f".{target}") for name in known):
@@ -87,14 +87,6 @@ class ActorCritic:
     def micro_batch_tokens(self) -> int:
         """Tokens of the tree per forward and backward. On the CPU fewer, which its caches hold, are faster."""
         return self.config.micro_batch_tokens or (8192 if self.device.type == "cuda" else 2048)
-
-    @property
-    def workers(self) -> Workers:
-        """Who computes micro-batches: on a CPU, for a small model, two threads one each. A larger one keeps all threads busy
-        by itself, and two micro-batches take twice the memory. Changing adapters on the way is for one thread alone."""
-        small = self.backbone.head.weight.shape[1] <= LARGEST_BESIDE
-        together = self.device.type == "cpu" and small and self.backbone.threads_may_share and not self.config.value.adapter
-        return Workers(2 if together else 1)
 
     def states(self, tree: TokenTree) -> tuple[Tensor, Tensor]:
         """Hidden states [R, H] of the rows that predict an action, the policy's and the critic's: what the two heads read.
@@ -137,13 +129,9 @@ class ActorCritic:
     @torch.no_grad()
     def reference_logprob(self, tree: TokenTree, *, temperature: float) -> Tensor:
         """Log-prob of the actions under the reference, [A]."""
-        with self.reference():
+        with self._adapter(REFERENCE if self.config.ppo.reference == "start" else None):
             hidden_RH = self.backbone.hidden(tree, tree.head_rows)
         return self.backbone.head.logprob(hidden_RH, tree.action_targets, tree.action_rows, temperature)[0]
-
-    def reference(self) -> AbstractContextManager[None]:
-        """A block in which the reference is active: with it around them, workers may call ``reference_logprob``."""
-        return self._adapter(REFERENCE if self.config.ppo.reference == "start" else None)
 
     def freeze_reference(self) -> None:
         """Copy the policy's adapter as it is now into the frozen reference adapter."""
@@ -196,13 +184,7 @@ class ActorCritic:
 
     @contextmanager
     def _adapter(self, name: str | None) -> Iterator[None]:
-        """Run with one adapter, or with none; afterwards the policy's is active again.
-
-        Within a block of the same adapter nothing changes, so that worker threads may come here.
-        """
-        if name == self._active:
-            yield
-            return
+        """Run with one adapter, or with none; afterwards the policy's is active again."""
         self._activate(name)
         try:
             yield
@@ -212,7 +194,6 @@ class ActorCritic:
     def _activate(self, name: str | None) -> None:
         # peft's own set_adapter and disable_adapter also flip requires_grad, which would drop gradients of a graph that
         # was built with another adapter; here the choice is only which branch a forward takes.
-        self._active = name
         for layer in self._lora_layers:
             layer._disable_adapters = name is None
             if name is not None:

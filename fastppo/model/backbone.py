@@ -83,12 +83,6 @@ class Backbone:
         self.llama = LlamaTrunk(self.trunk) if LlamaTrunk.suits(self.trunk) else None
         self.packed = self._choose_path()
 
-    @property
-    def threads_may_share(self) -> bool:
-        """Whether several threads may be in the trunk at once. transformers' modules keep things of their own from call to
-        call, and so do rotary embeddings that grow with the sequence."""
-        return self.llama is not None and self.llama.keeps_nothing
-
     def hidden(self, tree: TokenTree, rows_R: Tensor | None = None) -> Tensor:
         """[T, H], or [R, H] of these rows."""
         if self.packed:

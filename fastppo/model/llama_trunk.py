@@ -51,11 +51,6 @@ class LlamaTrunk:
         """Whether this is such a trunk, with nothing in it that a forward of its own would miss."""
         return type(trunk) in SHAPES and trunk.config.hidden_act == "silu" and not any(map(_is_altered, trunk.modules()))  # type: ignore[union-attr]
 
-    @property
-    def keeps_nothing(self) -> bool:
-        """Whether a call leaves the modules as they were."""
-        return self.trunk.rotary_emb.rope_type not in ("dynamic", "longrope")
-
     def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None) -> Tensor:
         """[T, H], or [R, H] of ``rows_R``."""
         context.calls += len(self.layers)
@@ -104,6 +99,8 @@ def _weights(layer: Any, dtype: torch.dtype) -> DecoderWeights | None:
     if hasattr(attention, "q_norm"):  # Qwen3
         norms |= {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
     if any(norm.weight.requires_grad or norm.weight.dtype != dtype for norm in norms.values()):
+        return None
+    if len({norm.variance_epsilon for norm in norms.values()}) > 1:
         return None
     projections: dict[str, Any] = {}
     for name in ("q", "k", "v", "o", "gate", "up", "down"):

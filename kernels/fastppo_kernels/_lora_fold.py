@@ -9,7 +9,7 @@ The weights are made again in backward rather than kept, and so is S_i = x A_i^T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,19 +58,23 @@ def backward(
         return grad_x_MK, found
     A_of = [projections[i].lora_A_RK for i, _ in adapted]
     ranks = [len(lora_A_RK) for lora_A_RK in A_of]  # type: ignore[arg-type]
-    s_RM = _times(A_of[0] if len(adapted) == 1 else torch.cat(A_of), x_MK)  # type: ignore[arg-type]
-    grad_s_RM = [_times(projections[i].lora_B_NR.t(), part).mul_(projections[i].scale) for i, part in adapted]  # type: ignore[union-attr]
-    grad_A_RK = _times(grad_s_RM[0] if len(adapted) == 1 else torch.cat(grad_s_RM), x_MK.t()).split(ranks)
+    times = _thin_product(x_MK)
+    s_RM = times(A_of[0] if len(adapted) == 1 else torch.cat(A_of), x_MK)  # type: ignore[arg-type]
+    grad_s_RM = [times(projections[i].lora_B_NR.t(), part).mul_(projections[i].scale) for i, part in adapted]  # type: ignore[union-attr]
+    grad_A_RK = times(grad_s_RM[0] if len(adapted) == 1 else torch.cat(grad_s_RM), x_MK.t()).split(ranks)
     for (i, part), s_part, grad_A in zip(adapted, s_RM.split(ranks), grad_A_RK, strict=True):
-        grad_B = _times(s_part, part.t()).mul_(projections[i].scale).t().contiguous() if needs[i].lora_B else None
+        grad_B = times(s_part, part.t()).mul_(projections[i].scale).t().contiguous() if needs[i].lora_B else None
         # Copies, so that no two gradients share memory.
         found[i] = (grad_A.clone() if len(adapted) > 1 else grad_A) if needs[i].lora_A else None, grad_B
     return grad_x_MK, found
 
 
-def _times(few: Tensor, many: Tensor) -> Tensor:
-    """few many^T. oneDNN takes two thirds of MKL's time for such thin products, but makes code anew for each number of rows."""
-    multiple = row_multiple(few.device, few.dtype)
-    if multiple > 1 and max(many.shape[0], few.shape[1]) % multiple == 0:
-        return onednn_linear(few.contiguous(), many)
-    return few @ many.t()
+def _thin_product(x_MK: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """few many^T for a few rows; M, the number of tokens, is the other size of one or the other.
+
+    oneDNN takes two thirds of MKL's time, but makes code for each number of tokens: only where they are padded.
+    """
+    multiple = row_multiple(x_MK.device, x_MK.dtype)
+    if multiple > 1 and len(x_MK) % multiple == 0:
+        return lambda few, many: onednn_linear(few.contiguous(), many)
+    return lambda few, many: few @ many.t()

@@ -3,7 +3,8 @@
     n = norm(x)            q, k, v = rope(project(n))      a = attend(q, k, v)      y = x + project(a)
     m = norm(y)            g, u = project(m)               h = silu(g) u            z = y + project(h)
 
-Kept for backward are x, y, g, u and what the attention keeps (q, k, v, a); n, m and h are made again.
+Kept for backward are x, y, g, u and what the attention keeps (q, k, v, a), q and k before norms of their own, and S = x A^T
+where the adapters are not folded; n, m and h are made again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import _lora_fold, _lora_ops
 from ._checks import check_device, check_float, check_index, check_integer, check_number, check_range, check_shape
 from ._gather import add_rows_
-from ._products import no_autocast
+from ._products import ROWS_WITH_S, no_autocast
 from .lora_linear import LoRAProjection, can_fold, check_projection, choice_of
 from .rms_norm import normalise, normalise_backward
 from .rope import rope
@@ -108,7 +109,9 @@ def _forward(
         k = normalise(k_MD, weights.k_norm, weights.eps)[0].view(k.shape)
     q, k = rope(q, k, cos[:tokens], sin[:tokens])
     # Values by themselves, or they would keep queries and keys of before the rotation alive with them.
-    inputs = tuple(y.detach().requires_grad_() for y in (q, k, v.contiguous())) if record else (q, k, v)
+    inputs: tuple[Tensor, ...] = (q, k, v.contiguous())
+    if record:
+        inputs = tuple(y.detach().requires_grad_() for y in inputs)
     del n_TH, qkv, q, k, v
     with torch.set_grad_enabled(record):
         out = call.attend(*inputs)
@@ -127,7 +130,11 @@ def _forward(
 def _seen(out: Tensor, rows_R: Tensor | None, rows: int) -> Tensor:
     """What the output projection reads: the rows asked for, or all, padded."""
     flat = out.flatten(1)
-    return F.pad(flat, (0, 0, 0, rows - len(flat))) if rows_R is None else flat[rows_R]
+    return _padded(flat, rows) if rows_R is None else flat[rows_R]
+
+
+def _padded(x_TK: Tensor, rows: int) -> Tensor:
+    return x_TK if len(x_TK) == rows else F.pad(x_TK, (0, 0, 0, rows - len(x_TK)))
 
 
 class _Layer(torch.autograd.Function):
@@ -225,7 +232,7 @@ def _backward(
             normalise_backward(g.reshape(y.shape), y, w, normalise(y, w, weights.eps)[1]).view(g.shape)
             for g, y, w in ((grad_q, kept.q_MD, weights.q_norm), (grad_k, kept.k_MD, weights.k_norm))
         )
-    qkv = [F.pad(grad.flatten(1), (0, 0, 0, len(x_TH) - tokens)) for grad in (grad_q, grad_k, grad_v)]
+    qkv = [_padded(grad.flatten(1), len(x_TH)) for grad in (grad_q, grad_k, grad_v)]
     n_TH, rstd = normalise(x_TH, weights.input_norm, weights.eps)
     grad_n, of_qkv = _project_back(call, 0, qkv, n_TH, kept.s[0], need_x, wanted[0])
     grads_of_adapters = of_qkv + of_o + of_gate_up + of_down
@@ -272,8 +279,10 @@ def decoder_layer(
     adapters = [tensor for group in weights.groups for each in group for tensor in (each.lora_A, each.lora_B)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TH, *adapters)):
         return _Layer.apply(x_TH, cos_TD, sin_TD, rows_R, call, *adapters)
+    # S as in training, so that the products chosen, and with them the bits, are the same; not for the few rows of decoding.
+    keep = [len(x_TH) > ROWS_WITH_S] * 4
     with torch.no_grad(), no_autocast(x_TH.device):
-        return _forward(x_TH, cos_TD, sin_TD, rows_R, call, [False] * 4, False)[0]
+        return _forward(x_TH, cos_TD, sin_TD, rows_R, call, keep, False)[0]
 
 
 def _check(x_TH: Tensor, cos: Tensor, sin: Tensor, weights: DecoderWeights, rows_R: Tensor | None, tokens: int) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import random
-from threading import get_ident
 
 import numpy as np
 import pytest
@@ -13,9 +12,8 @@ from tiny import KINDS
 from fastppo.algorithms import ppo
 from fastppo.algorithms.optim import load_optimizer_state, lr_factor, make_optimizer, optimizer_state, set_lr
 from fastppo.batch.rollout import pack_rollout
-from fastppo.model.actor_critic import CRITIC, POLICY, ActorCritic
+from fastppo.model.actor_critic import CRITIC, POLICY
 from fastppo.rollout.sampler import Sampling, generate
-from fastppo.workers import Workers
 
 
 def sampled(model, prompts=6, samples=3, seed=0):
@@ -411,43 +409,3 @@ def test_the_first_step_reuses_the_forward_of_the_estimates(minibatches, monkeyp
     (plain, metrics, state), (fewer, same_metrics, same_state) = results
     assert plain == 2 * minibatches and fewer == plain - 1 and metrics == same_metrics and metrics["first_log_ratio"] == 0
     assert all(torch.equal(state[name], same_state[name]) for name in state)
-
-
-@pytest.mark.parametrize("settings", [{}, {"ppo__reference": "base"}, {"ppo__kl_estimator": "k3"}])
-def test_micro_batches_side_by_side_give_the_same(settings, monkeypatch):
-    """On two threads as in turn: estimates, metrics, and the adapter after two epochs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        found = {}
-        for most in (1, 2):
-            seen = set()
-            loss = ppo._loss
-            monkeypatch.setattr(ActorCritic, "workers", Workers(most))
-            monkeypatch.setattr(ppo, "_loss", lambda *args, loss=loss, seen=seen: seen.add(get_ident()) or loss(*args))
-            model, *_, minis, estimates = prepared(minibatches=1, budget=30, ppo__epochs=2, **settings)
-            metrics = run_update(model, minis, lr=1e-2)
-            monkeypatch.setattr(ppo, "_loss", loss)
-            assert len(minis[0].parts) > 3 and (seen == {get_ident()}) == (most == 1)
-            found[most] = per_sample(minis, "advantages"), estimates, metrics, model.state()
-    finally:
-        torch.set_num_threads(before)
-    (advantages, estimates, metrics, state), other = found[1], found[2]
-    assert other[0].keys() == advantages.keys()
-    for i, values in advantages.items():
-        assert other[0][i] == pytest.approx(values, abs=1e-5)
-    assert other[1].kl == pytest.approx(estimates.kl, abs=1e-6) and metrics.keys() == other[2].keys()
-    for name, value in metrics.items():
-        assert other[2][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    for name, tensor in state.items():
-        assert relative(other[3][name], tensor) < 1e-3, name
-
-
-def test_who_computes_side_by_side():
-    """Small models on a CPU, where no adapter is exchanged on the way and no module keeps anything."""
-    assert make_model("llama").workers.most == 2
-    assert make_model("llama", value__adapter=True).workers.most == 1
-    assert make_model("gpt_neox").workers.most == make_model("mpt").workers.most == 1
-    model = make_model("qwen2")
-    model.backbone.llama.trunk.rotary_emb.rope_type = "dynamic"
-    assert model.workers.most == 1
