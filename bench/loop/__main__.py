@@ -23,7 +23,6 @@ import torch
 
 from bench.models import NAMES, config_of
 from bench.record import Record, folder_of, machine, plain
-from fastppo.allocator import keep_freed_memory
 
 from . import ablations, compare
 from .workloads import WORKLOADS, prompts_of
@@ -58,7 +57,6 @@ def main() -> int:
         parser.error(f"--out: {args.out}; expected a file, in a folder")
     if args.threads:
         torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as `fastppo train`; in the same process, TRL has it too
     warnings.simplefilter("ignore", FutureWarning)
     device, workload = torch.device(args.device), WORKLOADS[args.workload]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
