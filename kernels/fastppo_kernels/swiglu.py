@@ -108,13 +108,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Tenso
     return F.silu(gate) * up
 
 
-def _by_triton(gate: Tensor) -> bool:
-    return use_triton(gate, None) and gate.dtype != torch.float64
-
-
 def gated(gate_MN: Tensor, up_MN: Tensor) -> tuple[Tensor, Tensor | None]:
     """`swiglu` without autograd, and, where torch made it, silu(gate)."""
-    if _by_triton(gate_MN):
+    if use_triton(gate_MN, None) and gate_MN.dtype != torch.float64:
         return swiglu(gate_MN, up_MN), None
     silu_MN = F.silu(gate_MN)
     return silu_MN * up_MN, silu_MN
