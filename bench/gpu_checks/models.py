@@ -1,4 +1,4 @@
-"""Cases of whole models: what `patch_peft` computes is what peft computes."""
+"""Cases of whole models: what `patch_peft` computes is what peft computes, and decoding by replay what decoding computes."""
 
 import copy
 from typing import Any
@@ -33,8 +33,50 @@ def _logits(inputs: Inputs, backend: Any) -> Results:
     return {"logits": logits.detach()} | {f"d {name}": grad for name, grad in zip(parameters, gradients, strict=True)}
 
 
+def _plain_llama(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=128, intermediate_size=336, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return {"model": LlamaForCausalLM(config).to(device, dtype).eval(), "ids": randint(device, seed, 500, 6, 5)}
+
+
+@torch.no_grad()
+def _steps(inputs: Inputs, backend: Any) -> Results:
+    """Hidden states of six steps of five sequences, the second of which ends after three. On a GPU, and but for the torch form,
+    each step is a CUDA graph's replay."""
+    from fastppo.model.backbone import Backbone
+    from fastppo.rollout.decoder import PackedDecoder
+    from fastppo.rollout.step_graphs import GRAPHS_FROM
+
+    prompts = [[7, 8, 9, *range(20 * i + 10, 25 * i + 12)] for i in range(5)]
+    decoder = PackedDecoder(Backbone(inputs["model"]), prompts, 6, GRAPHS_FROM, 10**6)
+    if backend == "torch":
+        decoder.graphs = None
+    decoder.admit(prompts, [1] * 5)
+    found, order = {}, list(range(5))
+    for i, ids in enumerate(inputs["ids"]):
+        found[f"step {i}"] = decoder.step(ids[torch.tensor(order, device=ids.device)]).clone()
+        if i == 2:
+            order = [order[place] for place in decoder.keep([0, 2, 3, 4])]
+    return found
+
+
 def cases() -> list[Case]:
     return [
+        Case(
+            "decoding steps as CUDA graphs",
+            ("decoder_layer",),
+            _plain_llama,
+            _steps,
+            (),
+            _plain_llama,
+            checks=("error", "determinism"),
+            roundings=8,
+        ),
         Case(
             "patch_peft Llama, all linears",
             ("patch_peft",),

@@ -72,6 +72,7 @@ class Backbone:
     """
 
     padded_because = modules_because = ""
+    graphs = True  # until a CUDA graph of a decoding step could not be made
 
     def __init__(self, model: PreTrainedModel):
         self.model = model

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from fastppo.batch.token_tree import build_tree, common_prefix, cut_by_tokens
 from fastppo.model.attention import DecodeContext, TreeContext
 from fastppo.model.backbone import Backbone
+from fastppo.rollout.step_graphs import StepGraphs, usable
 
 
 class Decoder(Protocol):
@@ -59,6 +60,7 @@ class PackedDecoder:
         # weights: each of many steps has a third of the products to start. Half precision would round away what was learned.
         plain = self.device.type == "cpu" and backbone.head.weight.dtype == torch.float32
         self.folded: dict[Any, Any] | None = {} if plain and max_new_tokens >= FOLD_FROM else None
+        self.graphs = StepGraphs(slots, self.capacity, backbone) if usable(backbone, max_new_tokens) else None
 
     def room(self) -> int:
         return self.slots - len(self.host_lengths)
@@ -100,9 +102,15 @@ class PackedDecoder:
     def step(self, tokens_B: Tensor) -> Tensor:
         self.lengths = self.lengths + 1
         self.host_lengths = [n + 1 for n in self.host_lengths]
+        longest = max(self.host_lengths)
+        if self.graphs is not None:
+            return self.graphs.step(self._run, tokens_B, self.lengths, longest)
+        return self._run(tokens_B, self.lengths, longest)
+
+    def _run(self, tokens_B: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
         root = self.root or [(k[0, :, :0].transpose(0, 1), v[0, :, :0].transpose(0, 1)) for k, v in self.own]
-        context = DecodeContext(root, self.own, self.lengths, max(self.host_lengths), self.folded)
-        return self.backbone.run(tokens_B, self.root_length + self.lengths - 1, context)
+        context = DecodeContext(root, self.own, lengths_B, longest, self.folded)
+        return self.backbone.run(tokens_B, self.root_length + lengths_B - 1, context)
 
     def keep(self, running: list[int]) -> list[int]:
         n = len(running)

@@ -1,0 +1,151 @@
+"""Decoding by replay, with a stand-in for CUDA's graphs: the step's operators as torch.fx recorded them once."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from engine import make_model, random_prompts, sharpen
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastppo.rollout import decoder, step_graphs
+from fastppo.rollout.sampler import Sampling, generate
+from fastppo_kernels import _attention_torch
+
+
+def record(step):
+    """Like a graph: whatever Python decided while it was recorded stays so, results lie in the same place each time."""
+    result = step()
+    recorded = make_fx(step)()
+    return lambda: result.copy_(recorded()), result
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Graphs are made for every step; their number and the buckets asked for."""
+    asked: list[tuple[int, int]] = []
+    real = step_graphs.StepGraphs.step
+
+    def step(self, run, tokens_B, lengths_B, longest):
+        hidden = real(self, run, tokens_B, lengths_B, longest)
+        asked.append((len(tokens_B), longest))
+        made[id(self)] = len(self.made)
+        return hidden
+
+    made: dict[int, int] = {}
+    monkeypatch.setattr(step_graphs.StepGraphs, "step", step)
+    monkeypatch.setattr(decoder, "usable", lambda *_: True)
+    monkeypatch.setattr(step_graphs, "capture", record)
+    monkeypatch.setattr(step_graphs, "KEYS", 8)
+    monkeypatch.setattr(_attention_torch, "_check_decode", lambda *_: None)  # on a CPU it looks at the lengths
+    return made, asked
+
+
+@pytest.mark.parametrize(("kind", "slots", "samples"), [("llama", 6, 3), ("qwen2", 5, 1), ("mistral", 64, 1)])
+def test_the_same_samples_as_without(kind, slots, samples, made, monkeypatch):
+    """Sequences end at different times (so rows move and buckets shrink), and others take their places."""
+    model = sharpen(make_model(kind, sample__max_new_tokens=20))
+    model.base = replace(model.base, eos_ids=tuple(range(40)))
+    prompts = random_prompts(3, 11, root=4)
+    sampling = Sampling(max_new_tokens=20, slots=slots)
+    found = generate(model, prompts, samples, sampling, seed=7)
+    assert made[1], "steps were replayed"
+    assert len({len(s.tokens) for s in found.samples}) > 3
+    [graphs] = made[0].values()
+    assert 1 < graphs < len(made[1])
+    monkeypatch.setattr(decoder, "usable", lambda *_: False)
+    expected = generate(model, prompts, samples, sampling, seed=7)
+    assert [s.tokens for s in found.samples] == [s.tokens for s in expected.samples]
+    for ours, theirs in zip(found.samples, expected.samples, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
+def test_what_the_adapter_learned_is_seen_by_the_next_replay(made):
+    """Graphs read the parameters where they lie."""
+    model = make_model("llama", sample__max_new_tokens=40)
+    prompts = random_prompts(3, 4, root=4)
+    made_here = decoder.make_decoder(model.backbone, prompts, 4, 40, 10**6)
+    made_here.folded = None
+    made_here.admit(prompts, [1] * 4)
+    tokens = torch.tensor([1, 2, 3, 4])
+    with torch.no_grad():
+        made_here.step(tokens)
+        before = made_here.step(tokens).clone()
+        for parameter in model.trainable():
+            parameter.mul_(3)
+        made_here.lengths, made_here.host_lengths = made_here.lengths - 1, [n - 1 for n in made_here.host_lengths]
+        assert not torch.allclose(made_here.step(tokens), before)
+
+
+def test_a_graph_that_cannot_be_made_is_done_without(made, monkeypatch):
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(step_graphs, "capture", refuse)
+    model = make_model("llama", sample__max_new_tokens=6)
+    prompts = random_prompts(0, 3)
+    said = "decoding goes on without CUDA graphs: operation not permitted when stream is capturing"
+    with pytest.warns(RuntimeWarning, match=f"^{said}$"):
+        found = generate(model, prompts, 1, Sampling(max_new_tokens=6), seed=1)
+    assert not model.backbone.graphs
+    monkeypatch.setattr(decoder, "usable", lambda *_: False)
+    assert found == generate(model, prompts, 1, Sampling(max_new_tokens=6), seed=1)
+
+
+def test_out_of_memory_is_not_taken_for_a_refusal(made, monkeypatch):
+    tries = []
+
+    def run_out(step):
+        tries.append(step)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return record(step)
+
+    monkeypatch.setattr(step_graphs, "capture", run_out)
+    model = make_model("llama", sample__max_new_tokens=6)
+    model.notice = lambda text: None
+    generate(model, random_prompts(0, 3), 1, Sampling(max_new_tokens=6), seed=1)
+    assert model.halvings == 1 and model.backbone.graphs and len(tries) > 1
+
+
+def test_a_decoder_is_let_go_at_once(made):
+    """Its cache may be most of the memory; no cycle may keep it until the garbage collector comes."""
+    model = make_model("llama", sample__max_new_tokens=6)
+    prompts = random_prompts(0, 3)
+    gc.disable()
+    try:
+        here = decoder.make_decoder(model.backbone, prompts, 4, 6, 10**6)
+        here.admit(prompts, [1] * 3)
+        with torch.no_grad():
+            here.step(torch.tensor([1, 2, 3]))
+        gone = weakref.ref(here)
+        del here
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_row_buckets():
+    buckets = [step_graphs.row_bucket(rows) for rows in range(1, 200)]
+    assert sorted(set(buckets)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    for rows, bucket in enumerate(buckets, 1):
+        assert bucket == min(b for b in buckets if b >= rows)
+
+
+def test_when_graphs_are_made(monkeypatch):
+    """Only for steps that are known to ask the host nothing, on a GPU, and where there are enough of them."""
+    model = make_model("llama")
+    assert not step_graphs.usable(model.backbone, 10**6), "no GPU"
+    weight = type("Cuda", (), {"is_cuda": True})()
+    trunk = model.backbone.llama.trunk
+    on_gpu = type("B", (), {"llama": model.backbone.llama, "graphs": True, "head": type("H", (), {"weight": weight})()})
+    assert trunk.rotary_emb.rope_type == "default"
+    assert step_graphs.usable(on_gpu, step_graphs.GRAPHS_FROM) and not step_graphs.usable(on_gpu, step_graphs.GRAPHS_FROM - 1)
+    monkeypatch.setenv("FASTPPO_CUDA_GRAPHS", "0")
+    assert not step_graphs.usable(on_gpu, 10**6)
+    monkeypatch.delenv("FASTPPO_CUDA_GRAPHS")
+    on_gpu.graphs = False
+    assert not step_graphs.usable(on_gpu, 10**6)
+    on_gpu.graphs, on_gpu.llama = True, None
+    assert not step_graphs.usable(on_gpu, 10**6)
