@@ -152,7 +152,7 @@ def make_model(name: str, device: torch.device, budget: int) -> ActorCritic:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = replace(models.random_base(name, device, dtype), eos_ids=())
     settings = Config(lora=LoraConfig(rank=RANK), ppo=PpoConfig(epochs=1, minibatches=1), micro_batch_tokens=budget)
-    return ActorCritic(base, settings)
+    return models.keep_micro_batch(ActorCritic(base, settings))
 
 
 def random_prompts(sizes: Sizes, n: int, vocab: int) -> list[list[int]]:

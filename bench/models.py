@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.load import Base
 
 # The dimensions of Qwen2.5 0.5B, 1.5B and 7B, and those of a model that two CPU cores train in seconds.
@@ -65,3 +66,13 @@ def random_base(name: str, device: torch.device | str, dtype: torch.dtype, seed:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels launch on the current device
     return Base(model, tokenizer(), (EOS,), f"random {name}")
+
+
+def keep_micro_batch(model: ActorCritic) -> ActorCritic:
+    """Out of memory is a result here, and not answered with a smaller micro-batch, as it is in training."""
+
+    def refuse(notice: str) -> None:
+        raise torch.OutOfMemoryError(notice)
+
+    model.notice = refuse
+    return model

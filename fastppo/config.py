@@ -78,8 +78,12 @@ class LoraConfig:
 class ValueConfig:
     """The critic: a head on the shared trunk, or on a trunk with its own adapter."""
 
-    detach: bool = _setting(False, "keep the value loss out of the policy's adapter", "TRL issue 1063")
-    adapter: bool = _setting(False, "give the critic an adapter of its own", "TRL issue 1063")
+    trunk: str = _setting(
+        "shared",
+        "what the critic's head reads: the policy's states, the same without training them, or those of an own adapter",
+        "TRL issue 1063",
+        choices=("shared", "detached", "own"),
+    )
     warmup: int = _setting(
         0, "first PPO iterations that train the critic only", "VC-PPO (arXiv 2503.01491), value pre-training", low=0
     )
@@ -134,7 +138,6 @@ class PpoConfig:
     kl_target: float | None = _setting(
         None, "adapt the KL weight towards this KL per sample, in nats", f"{ZIEGLER}", above=0
     )
-    kl_horizon: int = _setting(10000, "samples over which the KL weight adapts", f"{ZIEGLER}; N+: 10000", low=1)
     entropy_coef: float = _setting(0.0, "weight of the entropy bonus", f"{PPO}, equation 9; N+: 0", low=0)
     whiten: bool = _setting(True, "whiten the advantages over the whole batch", f"{NPLUS}; arXiv 2404.10719")
     target_kl: float | None = _setting(
@@ -467,7 +470,7 @@ def load_config(argv_overrides: Mapping[str, str], file: Path | None = None) -> 
     """Defaults, then the file, then the flags.
 
     Args:
-        argv_overrides: texts by key, as the flags gave them: `{"ppo.lr": "1e-3", "value.detach": "true"}`.
+        argv_overrides: texts by key, as the flags gave them: `{"ppo.lr": "1e-3", "ppo.whiten": "false"}`.
         file: a YAML or TOML file with the sections nested, or None.
 
     Raises:
@@ -509,11 +512,6 @@ def check(config: Config, name: Callable[[str], str] = str) -> None:
         raise UserError(
             f"{name('value.warmup')}: {value.warmup} is not allowed; expected less than "
             f"{name('ppo.iterations')} ({ppo.iterations}), or the policy is never trained"
-        )
-    if value.detach and value.adapter:
-        raise UserError(
-            f"{name('value.detach')} and {name('value.adapter')}: not both; "
-            "a detached head gives its own adapter no gradient"
         )
     if ppo.kl_target is not None and ppo.kl_coef == 0:
         raise UserError(

@@ -439,16 +439,14 @@ def _measured_file(path: Path, software: str) -> dict[str, Any]:
 def _training() -> dict[str, Any]:
     """What `fastppo train` would use with no settings."""
     from fastppo import trainer  # noqa: F401  the engine, whole: whatever does not import shows here
-    from fastppo.config import Config
-    from fastppo.model.actor_critic import ActorCritic
+    from fastppo.model.actor_critic import default_micro_batch_tokens
     from fastppo.model.load import pick_dtype
 
     device = _device()
-    budget: Any = ActorCritic.micro_batch_tokens
     return {
         "device": str(device),
         "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
-        "micro_batch_tokens": budget.fget(SimpleNamespace(config=Config(), device=device)),
+        "micro_batch_tokens": default_micro_batch_tokens(device),
     }
 
 

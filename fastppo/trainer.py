@@ -66,6 +66,7 @@ class State:
     best_reward: float | None = None
     checkpoints: int = 0
     records: dict[str, int] = field(default_factory=dict)
+    halvings: int = 0  # of the micro-batch
     fingerprint: str = ""
 
 
@@ -192,6 +193,7 @@ class Trainer:
     def go(self, tracker: Tracker) -> dict[str, Any]:
         """Run the stages that are not done; write and show the summary."""
         self.tracker = tracker
+        self.model.notice = tracker.note
         if self.state.stage == "done" and (self.run / "summary.json").is_file():
             self.tracker.note(f"run {self.run}: is finished already, nothing to do")
             if not (self.run / "adapter").is_dir():
@@ -357,6 +359,7 @@ class Trainer:
     def _save(self) -> None:
         self.state.checkpoints += 1
         self.state.records = self.tracker.state()
+        self.state.halvings = self.model.halvings
         moments = optim.optimizer_state(self.optimizer)
         saved = checkpoint.Checkpoint(asdict(self.state), self.model.state(), moments, self.best)
         checkpoint.save_checkpoint(self.run, self.state.checkpoints, saved)
@@ -372,6 +375,7 @@ class Trainer:
         self.state = State(**saved.state)
         tracker.restore(self.state.records)
         self.model.load_state(saved.model)
+        self.model.halvings = self.state.halvings
         self.best = saved.best
         optim.load_optimizer_state(self.optimizer, saved.optimizer)
 

@@ -46,12 +46,15 @@ def a_run(name: str = "r") -> Path:
 
 
 def test_train_passes_settings_and_a_new_folder(calls):
-    flags = "--ppo-lr 2e-3 --value-detach --no-ppo-whiten --reward-wrong -1e-1 --sample-stop - --lora-rank=4 --out r"
+    flags = (
+        "--ppo-lr 2e-3 --trust-remote-code --no-ppo-whiten --value-trunk detached --reward-wrong -1e-1 --sample-stop - "
+        "--lora-rank=4 --out r"
+    )
     assert cli.main(["train", *flags.split()]) == 0
     [(name, config, run)] = calls
     assert (name, run) == ("train", Path("r"))
-    assert (config.ppo.lr, config.value.detach, config.ppo.whiten, config.reward.wrong) == (2e-3, True, False, -0.1)
-    assert (config.sample.stop, config.lora.rank) == (("-",), 4)
+    assert (config.ppo.lr, config.trust_remote_code, config.ppo.whiten, config.reward.wrong) == (2e-3, True, False, -0.1)
+    assert (config.sample.stop, config.lora.rank, config.value.trunk) == (("-",), 4, "detached")
 
 
 def test_every_setting_is_a_flag(calls):
@@ -126,7 +129,7 @@ def test_eval_and_export(calls):
         ("train cola", "train: unknown argument cola"),
         ("train --ppo-lr", "argument --ppo-lr: expected one argument"),
         ("train --ppo-lr -x", "--ppo-lr: '-x' is not allowed; expected a finite number above 0"),
-        ("train --value-detach=true", "argument --value-detach/--no-value-detach: ignored explicit argument 'true'"),
+        ("train --ppo-whiten=true", "argument --ppo-whiten/--no-ppo-whiten: ignored explicit argument 'true'"),
         ("train --config none.yaml", "settings file none.yaml: cannot be read: No such file or directory"),
         ("train --resume none", "run folder none: no such folder"),
         ("train --resume .", "run folder .: has no config.yaml, so no run began there"),

@@ -28,10 +28,10 @@ FROZEN = {
     "": "task model data out seed device dtype train_examples valid_examples eval_every checkpoint_every "
     "micro_batch_tokens max_prompt_tokens trust_remote_code",
     "lora": "rank alpha targets rslora",
-    "value": "detach adapter warmup coef clip",
+    "value": "trunk warmup coef clip",
     "sft": "examples epochs lr batch_size warmup",
     "ppo": "iterations prompts samples epochs minibatches lr schedule warmup clip gamma lam kl_coef kl_estimator "
-    "kl_target kl_horizon entropy_coef whiten target_kl max_grad_norm adam_eps reference old_logprobs",
+    "kl_target entropy_coef whiten target_kl max_grad_norm adam_eps reference old_logprobs",
     "sample": "temperature top_k top_p max_new_tokens stop slots gap_limit",
     "reward": "correct wrong malformed",
 }
@@ -77,13 +77,13 @@ def test_order_is_defaults_then_file_then_flags(tmp_path):
 
 def test_toml_and_yaml_say_the_same(tmp_path):
     yaml, toml = tmp_path / "a.yaml", tmp_path / "a.toml"
-    yaml.write_text('model: x/y\nppo:\n  kl_target: null\nsample:\n  stop: ["\\n", "END"]\nvalue:\n  detach: true\n')
+    yaml.write_text('model: x/y\nppo:\n  kl_target: null\nsample:\n  stop: ["\\n", "END"]\nvalue:\n  trunk: detached\n')
     toml.write_text(
-        'model = "x/y"\n[ppo]\nkl_target = "none"\n[sample]\nstop = ["\\n", "END"]\n[value]\ndetach = true\n'
+        'model = "x/y"\n[ppo]\nkl_target = "none"\n[sample]\nstop = ["\\n", "END"]\n[value]\ntrunk = "detached"\n'
     )
     config = load_config({}, yaml)
     assert config == load_config({}, toml)
-    assert config.sample.stop == ("\n", "END") and config.value.detach and config.model == "x/y"
+    assert config.sample.stop == ("\n", "END") and config.value.trunk == "detached" and config.model == "x/y"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,8 @@ def test_saved_settings_read_back_equal(tmp_path_factory, config):
         ("ppo.schedule", "Linear", "--ppo-schedule: 'Linear' is not allowed; expected one of linear, cosine, constant"),
         ("lora.targets", "q,,v", "--lora-targets: 'q,,v' is not allowed; expected all-linear, or module names"),
         ("model", " ", "--model: ' ' is not allowed; expected a text that is not empty, or none"),
-        ("value.detach", "yes", "--value-detach: 'yes' is not allowed; expected true or false"),
+        ("ppo.whiten", "yes", "--ppo-whiten: 'yes' is not allowed; expected true or false"),
+        ("value.trunk", "both", "--value-trunk: 'both' is not allowed; expected one of shared, detached, own"),
         ("sample.stop", '["a", 3]', "--sample-stop: ['a', 3] is not allowed; expected a text, or a list of texts"),
     ],
 )
@@ -209,7 +210,6 @@ def test_empty_file_and_empty_section_change_nothing(tmp_path):
         ({"ppo.prompts": "1"}, "ppo.minibatches: 2 is not allowed; expected at most --ppo-prompts (1)"),
         ({"ppo.minibatches": "129"}, "--ppo-minibatches: 129 is not allowed; expected at most ppo.prompts (128)"),
         ({"value.warmup": "5", "ppo.iterations": "5"}, "--value-warmup: 5 is not allowed; expected less than"),
-        ({"value.detach": "true", "value.adapter": "true"}, "--value-detach and --value-adapter: not both"),
         ({"ppo.kl_target": "6", "ppo.kl_coef": "0"}, "--ppo-kl-target: 6.0 is not allowed with --ppo-kl-coef 0"),
     ],
 )
@@ -232,7 +232,7 @@ def test_unknown_override():
         Config(ppo=PpoConfig(lr=math.inf)),
         Config(ppo=PpoConfig(lr="0.1")),  # type: ignore[arg-type]
         Config(sample=SampleConfig(stop=["a"])),  # type: ignore[arg-type]
-        Config(value=ValueConfig(detach=True, adapter=True)),
+        Config(value=ValueConfig(trunk="both")),
     ],
 )
 def test_settings_built_in_python_are_checked_too(config):

@@ -204,9 +204,10 @@ def test_warm_up_trains_the_critic_and_leaves_the_policy_as_it_was(world, tmp_pa
     assert rows[1]["value_loss"] != rows[0]["value_loss"]
 
 
-def test_kl_target_moves_the_coefficient(world, tmp_path):
+def test_kl_target_moves_the_coefficient(world, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    world.train(run, ppo__kl_target=1e-9, ppo__kl_coef=0.5, ppo__kl_horizon=24, ppo__iterations=3)
+    monkeypatch.setattr(trainer.ppo, "KL_HORIZON", 24)
+    world.train(run, ppo__kl_target=1e-9, ppo__kl_coef=0.5, ppo__iterations=3)
     first, second, third = (row["kl_coef"] for row in ppo_steps(run))
     assert first == 0.5
     assert second == pytest.approx(0.5 * 0.8)  # KL 0: down by the largest step, 20 % per horizon of 24 samples

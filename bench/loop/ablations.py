@@ -157,7 +157,7 @@ Idea = tuple[str, str, Callable[[FastppoLoop], AbstractContextManager[None]] | N
 IDEAS: list[Idea] = [
     ("own trunk", "transformers' modules, with our LoRA layers and attention", without_trunk, {}),
     ("tree", "a row for each sample in estimates and update; without own trunk as well", without_tree, {}),
-    ("shared critic", "the critic has an adapter and a pass of its own", None, {"value.adapter": "true"}),
+    ("shared critic", "the critic has an adapter and a pass of its own", None, {"value.trunk": "own"}),
     ("chunked head", "all logits of the update at once, through autograd", with_whole_logits, {}),
     ("kernels", "transformers' and peft's layers, the plain form of every op", without_kernels, {}),
     ("sampler", "transformers' generate on padded prompts", without_sampler, {}),

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.models import random_base
+from bench.models import keep_micro_batch, random_base
 from fastppo.algorithms import optim
 from fastppo.batch.rollout import Rollout
 from fastppo.model.actor_critic import ActorCritic
@@ -33,7 +33,7 @@ class FastppoLoop:
         base = random_base(model, device, dtype)
         vocab = base.model.config.vocab_size
         # No token ends an answer: every sample has the same number of tokens, in both engines.
-        self.model = ActorCritic(replace(base, eos_ids=(vocab,)), self.config)
+        self.model = keep_micro_batch(ActorCritic(replace(base, eos_ids=(vocab,)), self.config))
         self.optimizer = optim.make_optimizer(self.model.trainable(), 0.0, self.config.ppo.adam_eps)
         self.good, self.judged = good_tokens(base.model).cpu(), workload.judged
         self.device, self.step = device, 0

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 def make_optimizer(parameters: list[nn.Parameter], lr: float, eps: float) -> torch.optim.AdamW:
     """AdamW without weight decay: adapters start at zero effect and need no pull towards it."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0)
+    # Fused: all parameters in one launch, no temporaries, no word from the host.
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0, fused=True)
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -44,4 +45,4 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
     for key, value in tensors.items():
         place, name = key.split("/")
         parameter = parameters[int(place)]
-        optimizer.state[parameter][name] = value.clone() if name == "step" else value.to(parameter.device, copy=True)
+        optimizer.state[parameter][name] = value.to(parameter.device, copy=True)

@@ -7,6 +7,7 @@ Clipped surrogate and value losses of Schulman et al. 2017 (arXiv 1707.06347), g
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,10 @@ from fastppo.batch.rollout import MicroBatch, MiniBatch, Rollout
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import ActorCritic
+from fastppo.model.out_of_memory import with_less_memory
 from fastppo_kernels import gae, linear_ppo_loss, ppo_value_loss, reduce_metrics, whiten
+
+KL_HORIZON = 10_000  # samples over which the KL weight adapts: Ziegler et al.'s, and of all who followed
 
 
 class Estimates(NamedTuple):
@@ -50,32 +54,55 @@ def estimate(
         before_update: ``update`` follows on the same weights, so the first mini-batch, where one forward holds it, keeps what
             backward needs, and the first step has no forward to do.
     """
+    return with_less_memory(
+        model,
+        "estimating advantages",
+        lambda: _estimate(model, minibatches, rollout, rewards, kl_coef, config, before_update),
+    )
+
+
+def _estimate(
+    model: ActorCritic,
+    minibatches: list[MiniBatch],
+    rollout: Rollout,
+    rewards: list[float],
+    kl_coef: float,
+    config: Config,
+    before_update: bool,
+) -> Estimates:
+    for mini in minibatches:
+        _fit(model, mini)
     *parts, last = [part for mini in reversed(minibatches) for part in mini.parts]
     kept = last if before_update and len(minibatches[0].parts) == 1 else None
     parts.append(last)
-    kl_sum, gap, sums = 0.0 if needs_reference(config) else None, 0.0, []
-    for part in parts:
+    # One copy to the device for all parts, and nothing comes back before the end: the host runs ahead.
+    order = [rollout.samples[i] for part in parts for i in part.samples]
+    sampled_logprobs = torch.tensor([x for sample in order for x in sample.logprobs], device=model.device)
+    final_rewards = torch.tensor([rewards[i] for part in parts for i in part.samples], device=model.device)
+    kl_sums, gaps, sums = [], [], []
+    for part, sampled, part_rewards in zip(
+        parts,
+        sampled_logprobs.split([part.tree.n_actions for part in parts]),
+        final_rewards.split([len(part.samples) for part in parts]),
+        strict=True,
+    ):
         with torch.set_grad_enabled(part is kept):
             states = model.states(part.tree)
         if part is kept:
             part.states = states
         scores = model.scores(*states, part.tree, temperature=config.sample.temperature)
-        sampled = scores.logprob.new_tensor([x for i in part.samples for x in rollout.samples[i].logprobs])
-        worst = float((sampled - scores.logprob).abs().max())
-        if not math.isfinite(worst):
-            raise UserError("log-probabilities are no longer finite: the policy has diverged; lower --ppo-lr")
-        gap = max(gap, worst)
+        gaps.append((sampled - scores.logprob).abs().max())
         part.known = {
             "old_logprob": scores.logprob if config.ppo.old_logprobs == "trainer" else sampled,
             "old_values": scores.values,
         }
         token_rewards = torch.zeros_like(scores.logprob)
         ends = part.tree.cu_actions[1:].long() - 1
-        token_rewards[ends] = token_rewards.new_tensor([rewards[i] for i in part.samples])
+        token_rewards[ends] = part_rewards
         if needs_reference(config):
             reference = model.reference_logprob(part.tree, temperature=config.sample.temperature)
             log_ratio = scores.logprob - reference
-            kl_sum = (kl_sum or 0.0) + float(log_ratio.sum())
+            kl_sums.append(log_ratio.sum())
             part.known["ref_logprob"] = reference
             if config.ppo.kl_estimator == "k1":
                 token_rewards -= kl_coef * log_ratio
@@ -86,7 +113,18 @@ def estimate(
     if config.ppo.whiten:  # over the whole batch, not a mini-batch: its mean is the baseline of all
         for part in parts:
             part.known["advantages"] = whiten(part.known["advantages"], sums=torch.cat(sums))
-    return Estimates(None if kl_sum is None else kl_sum / len(rollout.samples), gap)
+    gap = float(torch.stack(gaps).max())
+    if not math.isfinite(gap):
+        raise UserError("log-probabilities are no longer finite: the policy has diverged; lower --ppo-lr")
+    kl = float(torch.stack(kl_sums).double().sum()) / len(rollout.samples) if kl_sums else None
+    return Estimates(kl, gap)
+
+
+def _fit(model: ActorCritic, mini: MiniBatch) -> None:
+    """Cut the micro-batches to what they may have now, where memory ran out since they were packed or before."""
+    if model.halvings:
+        pieces = [part.cut(model.micro_batch_tokens, padded=not model.backbone.packed) for part in mini.parts]
+        mini.parts = [piece for several in pieces for piece in several]
 
 
 def update(
@@ -108,12 +146,9 @@ def update(
     seen, norms, first_log_ratio = [], [], None
     for epoch in range(config.ppo.epochs):
         for m in rng.permutation(len(minibatches)).tolist() if epoch else range(len(minibatches)):
-            metrics = []
-            optimizer.zero_grad(set_to_none=True)
-            for part in minibatches[m].parts:
-                loss, part_metrics = _loss(model, part, minibatches[m].n_actions, kl_coef, config, critic_only)
-                loss.backward()
-                metrics.append(part_metrics)
+            metrics = with_less_memory(
+                model, "updating", partial(_gradients, model, optimizer, minibatches[m], kl_coef, config, critic_only)
+            )
             norm = torch.nn.utils.clip_grad_norm_(model.trainable(critic_only=critic_only), config.ppo.max_grad_norm)
             optimizer.step()
             norms.append(norm)
@@ -124,6 +159,25 @@ def update(
                 if float(reduce_metrics(metrics)["approx_kl"]) > config.ppo.target_kl:
                     return _reduced(seen, norms, first_log_ratio)
     return _reduced(seen, norms, first_log_ratio)
+
+
+def _gradients(
+    model: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    mini: MiniBatch,
+    kl_coef: float,
+    config: Config,
+    critic_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    """Add up the gradient of a mini-batch; the metrics of each of its micro-batches, as sums."""
+    _fit(model, mini)
+    optimizer.zero_grad(set_to_none=True)
+    metrics = []
+    for part in mini.parts:
+        loss, part_metrics = _loss(model, part, mini.n_actions, kl_coef, config, critic_only)
+        loss.backward()
+        metrics.append(part_metrics)
+    return metrics
 
 
 def _loss(
@@ -180,4 +234,4 @@ def adapt_kl_coef(kl_coef: float, kl: float, samples: int, config: Config) -> fl
     if config.ppo.kl_target is None:
         return kl_coef
     error = min(max(kl / config.ppo.kl_target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * samples / config.ppo.kl_horizon)
+    return kl_coef * (1.0 + error * samples / KL_HORIZON)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fastppo.batch.rollout import pack
+from fastppo.batch.rollout import MicroBatch, pack
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import ActorCritic
+from fastppo.model.out_of_memory import with_less_memory
 
 
 def sft_step(
@@ -25,21 +26,26 @@ def sft_step(
     Returns:
         loss (nats per token), grad_norm, tokens_tree and tokens_padded.
     """
-    parts = pack(
-        prompts,
-        list(enumerate(answers)),
-        budget=model.micro_batch_tokens,
-        padded=not model.backbone.packed,
-        device=model.device,
-    )
-    total = sum(part.tree.n_actions for part in parts)
-    optimizer.zero_grad(set_to_none=True)
-    loss_sum = torch.zeros((), device=model.device)
-    for part in parts:
-        logprob, _ = model.policy_logprob(part.tree, temperature=1.0)
-        loss = -logprob.sum() / total
-        loss.backward()
-        loss_sum += loss.detach()
+
+    def gradients() -> tuple[torch.Tensor, list[MicroBatch]]:
+        parts = pack(
+            prompts,
+            list(enumerate(answers)),
+            budget=model.micro_batch_tokens,
+            padded=not model.backbone.packed,
+            device=model.device,
+        )
+        total = sum(part.tree.n_actions for part in parts)
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=model.device)
+        for part in parts:
+            logprob, _ = model.policy_logprob(part.tree, temperature=1.0)
+            loss = -logprob.sum() / total
+            loss.backward()
+            loss_sum += loss.detach()
+        return loss_sum, parts
+
+    loss_sum, parts = with_less_memory(model, "fine-tuning", gradients)
     norm = torch.nn.utils.clip_grad_norm_(model.trainable(), config.ppo.max_grad_norm)
     if not torch.isfinite(loss_sum + norm):
         raise UserError("the loss is no longer finite: supervised fine-tuning has diverged; lower --sft-lr")

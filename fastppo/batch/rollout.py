@@ -48,6 +48,30 @@ class MicroBatch:
     states: tuple[Tensor, Tensor] | None = None
 
 
+    def cut(self, budget: int, *, padded: bool) -> list[MicroBatch]:
+        """Pieces of at most ``budget`` tokens, or of one sample, with what is known of each; without ``states``.
+
+        Unlike ``pack`` this divides the answers of one prompt too, each piece then computes the prompt again: for a budget
+        that has to be kept.
+        """
+        count, tree, first = len(self.samples), self.tree, 0
+        if count == 1 or (tree.padded_tokens if padded else tree.n_tokens) <= budget:
+            return [MicroBatch(tree, self.samples, self.known)]
+        ends, targets = tree.cu_actions.tolist(), tree.action_targets.tolist()
+        token_ids, pieces = tree.token_ids.cpu().numpy(), []
+        for last in (count // 2, count):
+            members = range(first, last)
+            # The last token of an answer is only a target, so the tree's path lacks it.
+            paths = [path[path >= 0] for path in tree.paths[first:last]]
+            sequences = [[*token_ids[path].tolist(), targets[ends[i + 1] - 1]] for i, path in zip(members, paths, strict=True)]
+            starts = [len(sequence) - (ends[i + 1] - ends[i]) for i, sequence in zip(members, sequences, strict=True)]
+            known = {name: x[ends[first] : ends[last]] for name, x in self.known.items()}
+            half = MicroBatch(build_tree(sequences, starts, device=tree.token_ids.device), self.samples[first:last], known)
+            pieces += half.cut(budget, padded=padded)
+            first = last
+        return pieces
+
+
 @dataclass
 class MiniBatch:
     """What one optimizer step sees: micro-batches whose gradients add up."""

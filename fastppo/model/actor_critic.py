@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -31,20 +32,27 @@ class Scores(NamedTuple):
     values: Tensor
 
 
+def default_micro_batch_tokens(device: torch.device) -> int:
+    """On the CPU fewer, which its caches hold, are faster."""
+    return 8192 if device.type == "cuda" else 2048
+
+
 class ActorCritic:
     """Policy, reference and critic over one frozen base.
 
     - ``policy``: the LoRA adapter that SFT and PPO train.
     - reference: the base with adapters off (``reference="base"``), or ``reference``, a frozen copy of the policy made
       by ``freeze_reference`` when PPO starts.
-    - critic: a linear head on the policy's trunk (``value.detach`` keeps its loss out of the adapter), or on a trunk of
-      its own adapter, ``critic`` (``value.adapter``).
+    - critic: a linear head on the policy's trunk (``value.trunk="detached"`` keeps its loss out of the adapter), or on
+      a trunk of its own adapter, ``critic`` (``"own"``).
 
     Adapters, head and optimizer state are fp32 whatever the base is.
     """
 
     def __init__(self, base: Base, config: Config):
         self.base, self.config = base, config
+        self.halvings = 0  # of the micro-batch, since memory ran out
+        self.notice: Callable[[str], None] = lambda text: print(f"fastppo: {text}", file=sys.stderr)
         self.backbone = Backbone(base.model)
         self.device = self.backbone.head.weight.device
         targets: str | list[str] = config.lora.targets
@@ -79,14 +87,34 @@ class ActorCritic:
         self.value_head = nn.Linear(hidden, 1, device=self.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        if config.value.adapter:
+        if config.value.trunk == "own":
             self._add_adapter(CRITIC)
         self._activate(POLICY)
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens of the tree per forward and backward. On the CPU fewer, which its caches hold, are faster."""
-        return self.config.micro_batch_tokens or (8192 if self.device.type == "cuda" else 2048)
+        """Tokens of the tree per forward and backward."""
+        return max(1, (self.config.micro_batch_tokens or default_micro_batch_tokens(self.device)) >> self.halvings)
+
+    def halve_micro_batch(self, phase: str, reason: str) -> None:
+        """For what failed in ``phase`` and for all that follows; says so in one line.
+
+        Raises:
+            UserError: it cannot be halved any more.
+        """
+        before = self.micro_batch_tokens
+        if before == 1:
+            raise UserError(
+                f"out of memory while {phase}, even one sample at a time ({reason}); "
+                "lower --max-prompt-tokens, --sample-max-new-tokens or --lora-rank, or take a smaller --model"
+            )
+        self.halvings += 1
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.notice(
+            f"out of memory while {phase}: done again, and the run goes on, with micro-batches of "
+            f"{self.micro_batch_tokens:,} tokens instead of {before:,}"
+        )
 
     def states(self, tree: TokenTree) -> tuple[Tensor, Tensor]:
         """Hidden states [R, H] of the rows that predict an action, the policy's and the critic's: what the two heads read.
@@ -95,10 +123,10 @@ class ActorCritic:
         """
         with self._adapter(POLICY):
             policy_RH = self.backbone.hidden(tree, tree.head_rows)
-        if self.config.value.adapter:
+        if self.config.value.trunk == "own":
             with self._adapter(CRITIC):
                 return policy_RH, self.backbone.hidden(tree, tree.head_rows)
-        return policy_RH, policy_RH.detach() if self.config.value.detach else policy_RH
+        return policy_RH, policy_RH.detach() if self.config.value.trunk == "detached" else policy_RH
 
     def action_values(self, critic_RH: Tensor, tree: TokenTree) -> Tensor:
         """Values [A] fp32 from the critic's hidden states."""
@@ -115,7 +143,7 @@ class ActorCritic:
 
     def values(self, tree: TokenTree) -> Tensor:
         """Values alone, [A]: what a step that trains only the critic needs. No gradient reaches the policy's adapter."""
-        own = self.config.value.adapter
+        own = self.config.value.trunk == "own"
         with self._adapter(CRITIC if own else POLICY), torch.set_grad_enabled(own and torch.is_grad_enabled()):
             critic_RH = self.backbone.hidden(tree, tree.head_rows)
         return self.action_values(critic_RH, tree)
@@ -149,7 +177,7 @@ class ActorCritic:
         critic_only: without the policy's adapter, for the critic's warm-up.
         """
         parameters = [] if critic_only else list(self.adapter_tensors(POLICY).values())
-        if self.config.value.adapter:
+        if self.config.value.trunk == "own":
             parameters += self.adapter_tensors(CRITIC).values()
         return parameters + list(self.value_head.parameters())
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.batch.rollout import Rollout, Sample
 from fastppo.config import Config
 from fastppo.model.actor_critic import ActorCritic
+from fastppo.model.out_of_memory import with_less_memory
 from fastppo.rollout.decoder import make_decoder
 from fastppo_kernels import sample
 
@@ -67,8 +68,23 @@ def generate(
     Returns:
         A rollout with the samples of each prompt side by side, in the prompts' order.
     """
+    return with_less_memory(
+        model, "sampling", lambda: _generate(model, prompts, samples, sampling, seed, first_id, check)
+    )
+
+
+def _generate(
+    model: ActorCritic,
+    prompts: list[list[int]],
+    samples: int,
+    sampling: Sampling,
+    seed: int,
+    first_id: int,
+    check: Callable[[], None],
+) -> Rollout:
     head, tokenizer, eos = model.backbone.head, model.base.tokenizer, frozenset(model.base.eos_ids)
-    slots = min(max(sampling.slots, samples), len(prompts) * samples)  # a cache is no larger than it is used
+    slots = min(sampling.slots, len(prompts) * samples)  # a cache is no larger than it is used
+    slots = max(samples, slots >> model.halvings)
     decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.micro_batch_tokens)
     finished: dict[int, Sample] = {}
     running: list[_Running] = []

@@ -92,5 +92,5 @@ def test_a_flipped_reward_unlearns_it():
 
 
 def test_ppo_learns_with_an_own_critic_and_kl_in_the_loss():
-    _, after, _ = learn(sign=1, value__adapter=True, ppo__kl_estimator="k3")
+    _, after, _ = learn(sign=1, value__trunk="own", ppo__kl_estimator="k3")
     assert after[0] > 0.95 and after[1] < 0.02

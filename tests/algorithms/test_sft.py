@@ -52,7 +52,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy(kind, budget):
 
 def test_value_head_is_not_touched():
     prompts, answers = batch()
-    model = make_model("llama", value__adapter=True)
+    model = make_model("llama", value__trunk="own")
     before = {n: t for n, t in model.state().items() if not n.startswith(POLICY)}
     optimizer = make_optimizer(model.trainable(), 1e-2, 1e-5)
     for _ in range(2):

@@ -85,13 +85,13 @@ def test_the_toy_rule_rewards_about_half_of_the_tokens():
 
 
 def test_our_settings_are_trls():
-    config = engine_config(SMALL, 7, "cpu", FP32, {"value.adapter": "true"})
+    config = engine_config(SMALL, 7, "cpu", FP32, {"value.trunk": "own"})
     assert (config.ppo.prompts, config.ppo.samples, config.ppo.iterations) == (4, 2, 7)
     assert (config.ppo.epochs, config.ppo.minibatches, config.ppo.lr) == (workloads.EPOCHS, 1, workloads.LR)
     assert (config.sample.max_new_tokens, config.sample.temperature, config.sample.top_k) == (3, 1.0, 0)
     assert (config.ppo.kl_coef, config.ppo.reference, config.ppo.schedule) == (SMALL.kl_coef, "base", "linear")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (workloads.RANK, workloads.ALPHA, "all-linear")
-    assert config.value.adapter
+    assert config.value.trunk == "own"
 
 
 # -- one iteration of each engine ----------------------------------------------------------------------------------------

@@ -116,21 +116,21 @@ def test_reference_forward_has_no_graph():
     assert not model.reference_logprob(make_tree(), temperature=1.0).requires_grad
 
 
-@pytest.mark.parametrize("detach", [False, True])
-def test_value_loss_on_the_shared_trunk(detach):
+@pytest.mark.parametrize("trunk", ["shared", "detached"])
+def test_value_loss_on_the_shared_trunk(trunk):
     """Detached, the value loss trains the head only."""
     tree = make_tree()
-    model = make_model("llama", value__detach=detach)
+    model = make_model("llama", value__trunk=trunk)
     torch.nn.init.normal_(model.value_head.weight)
     model.forward(tree, temperature=1.0).values.square().sum().backward()
     assert model.value_head.weight.grad.norm() > 0
     for grad in grads(model, POLICY).values():
-        assert grad is None if detach else grad.norm() > 0
+        assert grad is None if trunk == "detached" else grad.norm() > 0
 
 
 def test_critic_with_its_own_adapter():
     tree = make_tree()
-    model = make_model("llama", value__adapter=True)
+    model = make_model("llama", value__trunk="own")
     spread_adapter(model, CRITIC, 0.1, seed=2)
     torch.nn.init.normal_(model.value_head.weight)
 
@@ -162,7 +162,7 @@ def test_critic_with_its_own_adapter():
 def test_critic_adapter_starts_as_the_base():
     """A new adapter has no effect, so critic and base agree whatever the policy is."""
     tree = make_tree()
-    model = make_model("llama", value__adapter=True)
+    model = make_model("llama", value__trunk="own")
     base_hidden = make_model("llama", spread=0).backbone.hidden(tree)[tree.head_rows]
     torch.nn.init.normal_(model.value_head.weight)
     torch.testing.assert_close(model.values(tree), model.value_head(base_hidden)[:, 0][tree.action_rows])
@@ -266,14 +266,14 @@ def test_state_is_a_copy():
 
 def test_state_of_another_model_is_refused():
     with pytest.raises(UserError, match="differ in"):
-        make_model("llama").load_state(make_model("llama", value__adapter=True).state())
+        make_model("llama").load_state(make_model("llama", value__trunk="own").state())
     with pytest.raises(UserError, match="differ in"):
         make_model("llama").load_state(make_model("gpt_neox").state())
 
 
 def test_same_seed_same_adapter():
-    first, again = (make_model("llama", spread=0, seed=3, value__adapter=True).state() for _ in range(2))
-    other = make_model("llama", spread=0, seed=4, value__adapter=True).state()
+    first, again = (make_model("llama", spread=0, seed=3, value__trunk="own").state() for _ in range(2))
+    other = make_model("llama", spread=0, seed=4, value__trunk="own").state()
     assert same(first, again)
     assert not same(first, other)
 
@@ -282,7 +282,7 @@ def test_same_seed_same_adapter():
 def test_bfloat16_base_trains_in_float32(kind):
     """Adapters (all of them), value head, optimizer state and outputs are fp32 over a bf16 base."""
     tree = make_tree()
-    model = make_model(kind, dtype="bfloat16", value__adapter=True, ppo__reference="start")
+    model = make_model(kind, dtype="bfloat16", value__trunk="own", ppo__reference="start")
     model.freeze_reference()
     assert next(p for n, p in model.peft.named_parameters() if "lora_" not in n).dtype == torch.bfloat16
     for adapter in (POLICY, CRITIC, REFERENCE):
@@ -298,7 +298,7 @@ def test_bfloat16_base_trains_in_float32(kind):
     assert all(t.isfinite().all() for t in after.values())
     changed = {n.split("/")[0] for n in before if not torch.equal(before[n], after[n])}
     assert {POLICY, CRITIC} <= changed and REFERENCE not in changed
-    exact = make_model(kind, value__adapter=True)
+    exact = make_model(kind, value__trunk="own")
     exact.load_state({n: t for n, t in before.items() if not n.startswith(REFERENCE)})
     first = exact.policy_logprob(tree, temperature=1.0)[0]
     assert (model.reference_logprob(tree, temperature=1.0) - first).abs().max() < 0.3
