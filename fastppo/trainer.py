@@ -24,7 +24,7 @@ from fastppo.algorithms import optim, ppo
 from fastppo.algorithms.ppo import Estimates
 from fastppo.algorithms.sft import sft_step
 from fastppo.batch.encode import encode_answer
-from fastppo.batch.rollout import MiniBatch, Rollout, pack_rollout
+from fastppo.batch.rollout import MiniBatch, Rollout, Sample, pack_rollout
 from fastppo.config import Config
 from fastppo.errors import Interrupted, UserError
 from fastppo.evaluate import LabelledPrompts, encode, evaluate, with_interval
@@ -32,6 +32,7 @@ from fastppo.interrupt import Interruptible
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import load_base
 from fastppo.rewards.rules import answer_reward
+from fastppo.rewards.stream import RewardStream
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo.tasks import get_task, load_data
 from fastppo.track import Tracker
@@ -92,6 +93,7 @@ def ppo_iteration(
     step: int,
     check: Callable[[Estimates], None] = lambda _: None,
     critic_only: bool = False,
+    finished: Callable[[int, Sample], None] | None = None,
     timed: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Iteration:
     """Sample, score, estimate, update: one iteration of PPO, number ``step``, on these prompts (token ids).
@@ -100,12 +102,14 @@ def ppo_iteration(
         score: the reward of each sample of a rollout.
         check: called before the update; it may raise to stop.
         critic_only: only the critic learns.
+        finished: as in ``generate``; with a `RewardStream` as ``score``, its ``finished``.
         timed: a context around each of `PPO_PHASES`, for a clock.
     """
     with timed("sample"):
         rollout = generate(
             model, prompts, config.ppo.samples, Sampling.of(config),
             seed=config.seed, first_id=step * len(prompts) * config.ppo.samples,
+            finished=finished,
         )  # fmt: skip
     with timed("score"):
         rewards = score(rollout)
@@ -256,12 +260,14 @@ class Trainer:
         while state.step < config.iterations:
             step, critic_only = state.step, state.step < self.config.value.warmup
             chosen = self._ppo_prompts(step)
-            predicted: list[Any] = []
             gold = [labels[i] for i in chosen for _ in range(config.samples)]
-            done = ppo_iteration(
-                model, self.optimizer, [data.prompts[i] for i in chosen], partial(self._score, gold, predicted), state.kl_coef,
-                self.config, step=step, check=self._check_gap, critic_only=critic_only, timed=self._timed,
-            )  # fmt: skip
+            predicted: list[Any] = [None] * len(gold)
+            with RewardStream(partial(self._reward, gold, predicted)) as score:
+                done = ppo_iteration(
+                    model, self.optimizer, [data.prompts[i] for i in chosen], score, state.kl_coef, self.config, step=step,
+                    check=self._check_gap, critic_only=critic_only, finished=score.finished,
+                    timed=self._timed,
+                )  # fmt: skip
             rewards, estimates = done.rewards, done.estimates
             trees = [part.tree for mini in done.minibatches for part in mini.parts]
             metrics = done.metrics | {
@@ -284,10 +290,10 @@ class Trainer:
             self._record_samples(done.rollout, rewards, chosen)
             self._end_step(metrics, last=step + 1 == config.iterations)
 
-    def _score(self, gold: list[Any], predicted: list[Any], rollout: Rollout) -> list[float]:
-        """The rewards of a rollout; what its answers say is added to ``predicted``."""
-        predicted += [self.task.parse(sample.text) for sample in rollout.samples]
-        return [answer_reward(g, p, self.config.reward) for g, p in zip(gold, predicted, strict=True)]
+    def _reward(self, gold: list[Any], predicted: list[Any], index: int, sample: Sample) -> float:
+        """The reward of a sample of a rollout; what its answer says is put into ``predicted``."""
+        predicted[index] = self.task.parse(sample.text)
+        return answer_reward(gold[index], predicted[index], self.config.reward)
 
     # -- what the stages share ----------------------------------------------------------------------------------------
 

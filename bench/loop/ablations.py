@@ -119,8 +119,9 @@ def without_sampler(loop: FastppoLoop) -> Iterator[None]:
 
 @torch.no_grad()
 def _transformers_generate(
-    model: ActorCritic, prompts: list[list[int]], samples: int, sampling: Sampling, *, seed: int, first_id: int = 0
-) -> Rollout:
+    model: ActorCritic, prompts: list[list[int]], samples: int, sampling: Sampling, *, seed: int, first_id: int = 0,
+    finished: None = None,
+) -> Rollout:  # fmt: skip
     base = model.base.model
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)

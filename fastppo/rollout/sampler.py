@@ -55,6 +55,7 @@ def generate(
     *,
     seed: int,
     first_id: int = 0,
+    finished: Callable[[int, Sample], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """Sample ``samples`` answers to each prompt with the policy.
@@ -63,6 +64,7 @@ def generate(
         prompts: token ids, none empty.
         seed, first_id: the draw of sample ``i`` depends only on ``seed``, ``first_id + i`` and its own tokens, not on the
             batch it runs in.
+        finished: called with a sample and its index in the rollout as soon as it ends, while others decode.
         check: called once a step; it may raise to stop.
 
     Returns:
@@ -86,7 +88,7 @@ def _generate(
     slots = min(sampling.slots, len(prompts) * samples)  # a cache is no larger than it is used
     slots = max(samples, slots >> model.halvings)
     decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.micro_batch_tokens)
-    finished: dict[int, Sample] = {}
+    done: dict[int, Sample] = {}
     running: list[_Running] = []
     waiting = 0  # the first prompt not yet admitted
 
@@ -127,13 +129,15 @@ def _generate(
             if finish is None:
                 going.append(place)
             else:
-                finished[member.index] = Sample(member.prompt, member.tokens, member.logprobs, finish, text)
+                done[member.index] = Sample(member.prompt, member.tokens, member.logprobs, finish, text)
+                if finished is not None:
+                    finished(member.index, done[member.index])
         if len(going) < len(running):
             order = decoder.keep(going)
             running = [running[i] for i in order]
             kept = torch.tensor(order, dtype=torch.int64, device=model.device)
             tokens, ids, steps = tokens[kept], ids[kept], steps[kept]
-    return Rollout(prompts, [finished[i] for i in range(len(prompts) * samples)])
+    return Rollout(prompts, [done[i] for i in range(len(prompts) * samples)])
 
 
 def _finish(

@@ -33,7 +33,8 @@ PROMPTS = {
 
 
 def hugging_face_greedy(model, prompts, max_new_tokens):
-    """transformers' generate without a cache, on its own attention."""
+    """Of each prompt what transformers' generate gives, without a cache and on its own attention: the tokens, their log-probs,
+    and those of one forward over prompt and answer."""
     packed = model.backbone.packed
     if packed:
         model.base.model.set_attn_implementation("eager")
@@ -42,12 +43,24 @@ def hugging_face_greedy(model, prompts, max_new_tokens):
         ids = torch.tensor([prompt])
         out = model.peft.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-            use_cache=False, pad_token_id=2, eos_token_id=list(model.base.eos_ids),
+            use_cache=False, pad_token_id=2, eos_token_id=list(model.base.eos_ids), return_dict_in_generate=True,
+            output_logits=True,
         )  # fmt: skip
-        answers.append(out[0, len(prompt) :].tolist())
+        tokens = out.sequences[:, len(prompt) :]
+        with torch.no_grad():
+            whole = model.peft(input_ids=out.sequences, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        by_place = (logits.float().log_softmax(-1).gather(1, tokens.T)[:, 0] for logits in (torch.cat(out.logits), whole))
+        answers.append((tokens[0].tolist(), *by_place))
     if packed:
         model.base.model.set_attn_implementation("fastppo")
     return answers
+
+
+def assert_equal(samples, wanted):
+    """Tokens, and log-probs up to rounding, are those that transformers gave."""
+    assert [s.tokens for s in samples] == [tokens for tokens, *_ in wanted]
+    for s, (_, *logprobs) in zip(samples, wanted, strict=True):
+        assert all((torch.tensor(s.logprobs) - x).abs().max() < 1e-5 for x in logprobs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,7 +68,7 @@ def hugging_face_greedy(model, prompts, max_new_tokens):
 def test_greedy_equals_transformers_generate(kind, case):
     model = make_model(kind)
     got = generate(model, PROMPTS[case], 1, GREEDY, seed=0)
-    assert [s.tokens for s in got.samples] == hugging_face_greedy(model, PROMPTS[case], 8)
+    assert_equal(got.samples, hugging_face_greedy(model, PROMPTS[case], 8))
 
 
 def test_greedy_prefers_the_policy_over_the_base():
@@ -97,25 +110,31 @@ def test_small_prefill_budget_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mpt"])
-def test_many_sequences_through_few_slots(kind):
-    """200 sequences of mixed lengths: none lost, none twice, each in its place and continuing its own prompt."""
-    model = make_model(kind)
+def test_a_thousand_sequences_through_32_slots(kind, monkeypatch):
+    """None lost, none twice, each in its place and continuing its own prompt, whatever the slots are."""
+    model, rows = make_model(kind), []
     model.base = replace(model.base, eos_ids=tuple(range(0, 320, 6)))  # answers of every length
-    prompts = random_prompts(5, 50, longest=14)
-    rollout = generate(model, prompts, 4, Sampling(max_new_tokens=12, slots=8), seed=0)
+    prompts = random_prompts(5, 250, longest=14)
+    monkeypatch.setattr(sampler, "sample", lambda logits, **how: rows.append(len(logits)) or sample_op(logits, **how))
+    ended = []
+    rollout = generate(
+        model, prompts, 4, Sampling(max_new_tokens=12, slots=32), seed=0, finished=lambda index, _: ended.append(index)
+    )
+    assert max(rows) == 32 and sorted(ended) == list(range(1000)) != ended
     assert rollout.prompts == prompts
-    assert [s.prompt for s in rollout.samples] == [p for p in range(50) for _ in range(4)]
-    lengths = {len(s.tokens) for s in rollout.samples}
-    assert len(lengths) > 6 and max(lengths) <= 12
+    assert [s.prompt for s in rollout.samples] == [p for p in range(250) for _ in range(4)]
+    assert {len(s.tokens) for s in rollout.samples} == set(range(1, 13))
     for s in rollout.samples:
         assert len(s.tokens) == len(s.logprobs)
         assert all(t % 6 for t in s.tokens[:-1]), "nothing follows an end token"
         assert s.finish == ("eos" if s.tokens[-1] % 6 == 0 else "length")
         assert s.finish == "eos" or len(s.tokens) == 12
     # Only the right prompt explains the log-probs, so no answer was filed under another's name.
-    scores = model.forward(tree_of_rollout(rollout), temperature=1.0)
+    with torch.no_grad():
+        logprob, _ = model.policy_logprob(tree_of_rollout(rollout), temperature=1.0)
     sampled = torch.tensor([x for s in rollout.samples for x in s.logprobs])
-    assert (scores.logprob - sampled).abs().max() < 1e-4
+    assert (logprob - sampled).abs().max() < 1e-4
+    assert [s.tokens for s in rollout.samples] == answers(model, prompts, 4, slots=1000, seed=0, max_new_tokens=12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -314,4 +333,4 @@ def test_long_answers_against_transformers():
     for kind in ("mistral", "mpt"):
         model = make_model(kind)
         got = generate(model, prompts, 1, Sampling(temperature=0.0, max_new_tokens=30, slots=2), seed=0)
-        assert [s.tokens for s in got.samples] == hugging_face_greedy(model, prompts, 30)
+        assert_equal(got.samples, hugging_face_greedy(model, prompts, 30))

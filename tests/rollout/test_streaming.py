@@ -1,0 +1,146 @@
+"""Samples that end are handed on while others decode, and their rewards come in the rollout's order whatever happens."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+from engine import make_model, random_prompts
+
+from fastppo import trainer
+from fastppo.batch.rollout import Rollout, Sample
+from fastppo.rewards.stream import RewardStream
+from fastppo.rollout.sampler import Sampling, generate
+
+PROMPTS = random_prompts(5, 20)
+SAMPLING = Sampling(max_new_tokens=12, slots=8)
+
+
+def sampled(kind="llama", **options):
+    """Answers of every length: every sixth token ends one."""
+    model = make_model(kind)
+    model.base = replace(model.base, eos_ids=tuple(range(0, 320, 6)))
+    return generate(model, PROMPTS, 3, SAMPLING, seed=0, **options)
+
+
+def worth(index: int, sample: Sample) -> float:
+    return index + len(sample.tokens) / 100
+
+
+@pytest.mark.parametrize("kind", ["llama", "mpt"])
+def test_every_sample_is_handed_on_once_and_at_its_end(kind):
+    steps, seen = [0], []
+
+    def step():
+        steps[0] += 1
+
+    rollout = sampled(kind, check=step, finished=lambda index, sample: seen.append((steps[0], index, sample)))
+    assert sorted(index for _, index, _ in seen) == list(range(60))
+    assert all(rollout.samples[index] is sample for _, index, sample in seen)
+    assert [index for _, index, _ in seen] != sorted(index for _, index, _ in seen)
+    # A sample of n tokens that is admitted at once ends n - 1 steps behind the first.
+    assert all(at == len(sample.tokens) for at, index, sample in seen if index < 6)
+    assert len({at for at, _, _ in seen}) > 12
+    assert rollout == sampled(kind)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_rewards_come_in_the_order_of_the_rollout(threads):
+    with RewardStream(worth, threads) as stream:
+        rollout = sampled(finished=stream.finished)
+        assert stream(rollout) == [worth(i, sample) for i, sample in enumerate(rollout.samples)]
+
+
+def test_rewards_that_end_in_another_order():
+    """Each waits for the one of the sample behind it."""
+    ended = [threading.Event() for _ in range(4)]
+
+    def reward(index, _):
+        if index < 3:
+            assert ended[index + 1].wait(60)
+        ended[index].set()
+        return float(index)
+
+    samples = [Sample(0, [1], [0.0], "eos", "")] * 4
+    with RewardStream(reward, threads=4) as stream:
+        for index in range(4):
+            stream.finished(index, samples[index])
+        assert stream(Rollout([[5]], samples)) == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_others_decode_while_a_reward_waits():
+    """The reward of the first sample that ends waits until the sampler has gone on for two steps."""
+    began, went_on, after = threading.Event(), threading.Event(), []
+
+    def reward(index, sample):
+        began.set()
+        assert went_on.wait(60), "the sampler stood still"
+        return worth(index, sample)
+
+    def check():
+        after.append(began.is_set())
+        if sum(after) == 2:
+            went_on.set()
+
+    with RewardStream(reward, threads=1) as stream:
+        rollout = sampled(check=check, finished=stream.finished)
+        assert went_on.is_set(), "the first sample was handed on when all had ended"
+        assert stream(rollout) == [worth(i, sample) for i, sample in enumerate(rollout.samples)]
+
+
+def broken(index: int, sample: Sample) -> float:
+    if index in (7, 30):
+        raise ZeroDivisionError(f"sample {index}")
+    return worth(index, sample)
+
+
+def test_an_error_in_a_reward_reaches_the_caller():
+    with pytest.raises(ZeroDivisionError, match="sample"), RewardStream(broken) as stream:
+        sampled(finished=stream.finished)
+    for _ in range(3):  # the same one of two, whichever came first
+        with pytest.raises(ZeroDivisionError, match="sample 7"), RewardStream(broken, threads=4) as stream:
+            stream(sampled(finished=stream.finished))
+
+
+def test_an_error_elsewhere_drops_the_rewards_that_have_not_begun():
+    release, began, calls = threading.Event(), threading.Event(), []
+
+    def reward(index, sample):
+        calls.append(index)
+        began.set()
+        assert release.wait(60)
+        return 0.0
+
+    with pytest.raises(KeyError, match="elsewhere"), RewardStream(reward, threads=1) as stream:
+        for index in range(5):
+            stream.finished(index, Sample(0, [1], [0.0], "eos", ""))
+        assert began.wait(60)
+        raise KeyError("elsewhere")
+    release.set()
+    stream.pool.shutdown(wait=True)
+    assert calls == [0]
+
+
+def test_an_error_in_the_trainers_reward_ends_the_run(world, tmp_path, monkeypatch):
+    def answer_reward(*_):
+        raise ZeroDivisionError("in a reward")
+
+    monkeypatch.setattr(trainer, "answer_reward", answer_reward)
+    with pytest.raises(ZeroDivisionError, match="in a reward"):
+        world.train(tmp_path / "run")
+
+
+def test_the_trainer_asks_for_rewards_while_others_decode(world, tmp_path, monkeypatch):
+    """In every iteration some rewards are asked for before the sampler's last step."""
+    events: list[str] = []
+    sample, reward = trainer.generate, trainer.answer_reward
+
+    def spy(*args, **kwargs):
+        events.append("begin")
+        return sample(*args, check=lambda: events.append("step"), **kwargs)
+
+    monkeypatch.setattr(trainer, "generate", spy)
+    monkeypatch.setattr(trainer, "answer_reward", lambda *args: events.append("reward") or reward(*args))
+    world.train(tmp_path / "run", sample__max_new_tokens=8, sample__slots=4, ppo__iterations=2)
+    iterations = " ".join(events).split("begin ")[1:]
+    assert [part.count("reward") for part in iterations] == [8 * 3] * 2
+    assert all("reward step" in part for part in iterations)
