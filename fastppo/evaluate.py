@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastppo import config as config_module
-from fastppo.batch.encode import encode_prompts
+from fastppo.batch.encode import encode_answer, encode_prompts
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import first_line, load_base
 from fastppo.rewards.rules import answer_reward
 from fastppo.rollout.sampler import Sampling, generate
+from fastppo.rollout.trie import TokenTrie
 from fastppo.tasks import Example, Task, get_task, load_data
 
 
@@ -66,6 +67,30 @@ def encode(model: ActorCritic, task: Task, examples: list[Example]) -> LabelledP
     return LabelledPrompts(examples, prompts)
 
 
+def allowed_answers(model: ActorCritic, task: Task, data: LabelledPrompts) -> TokenTrie | None:
+    """For ``--sample-constrained`` the task's answers, in the tokens that follow its first prompt (all end alike); else None.
+
+    Raises:
+        UserError: the tokenizer has no tokens for an answer, or ``--sample-max-new-tokens`` is too few.
+    """
+    if not model.config.sample.constrained or not len(data):
+        return None
+    tokenizer, text, prompt = model.base.tokenizer, task.prompt(data.examples[0]), data.prompts[0]
+    spelled = [encode_answer(tokenizer, text, prompt, task.answer(label)) for label in range(len(task.labels))]
+    try:
+        answers = TokenTrie(spelled, model.device)
+    except ValueError as error:
+        raise UserError(
+            f"--sample-constrained: the tokenizer of {model.base.name!r} cannot spell the answers: {error}"
+        ) from None
+    if answers.longest > model.config.sample.max_new_tokens:
+        raise UserError(
+            f"--sample-max-new-tokens: {model.config.sample.max_new_tokens} is too few for --sample-constrained; expected at "
+            f"least {answers.longest}, the longest answer and its end token"
+        )
+    return answers
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Greedy answers: their texts, parsed labels (None: malformed), scores and mean reward."""
@@ -80,7 +105,8 @@ def evaluate(
     model: ActorCritic, task: Task, data: LabelledPrompts, check: Callable[[], None] = lambda: None
 ) -> Evaluation:
     """Answer every prompt greedily and score the answers."""
-    rollout = generate(model, data.prompts, 1, Sampling.greedy(model.config), seed=0, check=check)
+    answers = allowed_answers(model, task, data)
+    rollout = generate(model, data.prompts, 1, Sampling.greedy(model.config), seed=0, answers=answers, check=check)
     texts = [s.text for s in rollout.samples]
     predicted = [task.parse(text) for text in texts]
     rewards = [answer_reward(g, p, model.config.reward) for g, p in zip(data.labels, predicted, strict=True)]

@@ -27,13 +27,14 @@ from fastppo.batch.encode import encode_answer
 from fastppo.batch.rollout import MiniBatch, Rollout, Sample, pack_rollout
 from fastppo.config import Config
 from fastppo.errors import Interrupted, UserError
-from fastppo.evaluate import LabelledPrompts, encode, evaluate, with_interval
+from fastppo.evaluate import LabelledPrompts, allowed_answers, encode, evaluate, with_interval
 from fastppo.interrupt import Interruptible
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import load_base
 from fastppo.rewards.rules import answer_reward
 from fastppo.rewards.stream import RewardStream
 from fastppo.rollout.sampler import Sampling, generate
+from fastppo.rollout.trie import TokenTrie
 from fastppo.tasks import get_task, load_data
 from fastppo.track import Tracker
 
@@ -93,6 +94,7 @@ def ppo_iteration(
     step: int,
     check: Callable[[Estimates], None] = lambda _: None,
     critic_only: bool = False,
+    answers: TokenTrie | None = None,
     finished: Callable[[int, Sample], None] | None = None,
     timed: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Iteration:
@@ -102,14 +104,14 @@ def ppo_iteration(
         score: the reward of each sample of a rollout.
         check: called before the update; it may raise to stop.
         critic_only: only the critic learns.
-        finished: as in ``generate``; with a `RewardStream` as ``score``, its ``finished``.
+        answers, finished: as in ``generate``; with a `RewardStream` as ``score``, its ``finished``.
         timed: a context around each of `PPO_PHASES`, for a clock.
     """
     with timed("sample"):
         rollout = generate(
             model, prompts, config.ppo.samples, Sampling.of(config),
             seed=config.seed, first_id=step * len(prompts) * config.ppo.samples,
-            finished=finished,
+            answers=answers, finished=finished,
         )  # fmt: skip
     with timed("score"):
         rewards = score(rollout)
@@ -190,6 +192,7 @@ class Trainer:
         self.valid = encode(self.model, self.task, [examples[i] for i in order[:valid]])
         self.train = encode(self.model, self.task, [examples[i] for i in order[valid:]])
         self.warm = self.train[: config.sft.examples]
+        self.allowed = allowed_answers(self.model, self.task, self.train)
         self.state = State(kl_coef=config.ppo.kl_coef, fingerprint=self._fingerprint())
         self._new_optimizer()
         self.best = self.model.state()
@@ -265,7 +268,7 @@ class Trainer:
             with RewardStream(partial(self._reward, gold, predicted)) as score:
                 done = ppo_iteration(
                     model, self.optimizer, [data.prompts[i] for i in chosen], score, state.kl_coef, self.config, step=step,
-                    check=self._check_gap, critic_only=critic_only, finished=score.finished,
+                    check=self._check_gap, critic_only=critic_only, answers=self.allowed, finished=score.finished,
                     timed=self._timed,
                 )  # fmt: skip
             rewards, estimates = done.rewards, done.estimates

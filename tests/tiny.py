@@ -38,6 +38,17 @@ def tiny_tokenizer(*, eos: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", **end)
 
 
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Merges across the border of prompt and answer: ``: y`` is one token, and words are not split at spaces."""
+    alphabet = {c: i + 2 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz :")}
+    vocab = {"<s>": 0, "</s>": 1, **alphabet, ": ": 30, ": y": 31}
+    model = models.BPE(vocab=vocab, merges=[(":", " "), (": ", "y")])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 def tiny_config(kind: str, vocab: int):
     sizes = {"vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}

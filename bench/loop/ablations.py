@@ -120,7 +120,7 @@ def without_sampler(loop: FastppoLoop) -> Iterator[None]:
 @torch.no_grad()
 def _transformers_generate(
     model: ActorCritic, prompts: list[list[int]], samples: int, sampling: Sampling, *, seed: int, first_id: int = 0,
-    finished: None = None,
+    answers: None = None, finished: None = None,
 ) -> Rollout:  # fmt: skip
     base = model.base.model
     longest = max(map(len, prompts))

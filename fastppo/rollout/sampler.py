@@ -13,7 +13,8 @@ from fastppo.config import Config
 from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.out_of_memory import with_less_memory
 from fastppo.rollout.decoder import make_decoder
-from fastppo_kernels import sample
+from fastppo.rollout.trie import TokenTrie
+from fastppo_kernels import sample, token_logprob
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def generate(
     *,
     seed: int,
     first_id: int = 0,
+    answers: TokenTrie | None = None,
     finished: Callable[[int, Sample], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Rollout:
@@ -64,6 +66,8 @@ def generate(
         prompts: token ids, none empty.
         seed, first_id: the draw of sample ``i`` depends only on ``seed``, ``first_id + i`` and its own tokens, not on the
             batch it runs in.
+        answers: nothing else is sampled (constrained decoding; top-k and top-p choose among what may follow). The log-probs
+            stay those of the full distribution. Answers of more than ``max_new_tokens`` tokens are cut off.
         finished: called with a sample and its index in the rollout as soon as it ends, while others decode.
         check: called once a step; it may raise to stop.
 
@@ -92,22 +96,28 @@ def _generate(
     running: list[_Running] = []
     waiting = 0  # the first prompt not yet admitted
 
-    def draw(logits: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, members: list[_Running]) -> torch.Tensor:
+    def draw(
+        logits: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, nodes: torch.Tensor, members: list[_Running]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, logprobs = sample(
-            logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed,
-            sequence_ids_B=ids, step_B=steps,
+            logits if answers is None else answers.among(logits, nodes),
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed, sequence_ids_B=ids,
+            step_B=steps,
         )  # fmt: skip
+        if answers is not None:  # drawn are places among what may follow
+            tokens, nodes = answers.follow(nodes, tokens)
+            logprobs, _ = token_logprob(logits, tokens, temperature=sampling.temperature or 1.0)
         for member, token, logprob in zip(members, tokens.tolist(), logprobs.tolist(), strict=True):
             member.tokens.append(token)
             member.logprobs.append(logprob)
-        return tokens
+        return tokens, nodes
 
-    # Of each running sequence the newest token, its id and how many tokens it has.
-    tokens, ids, steps = torch.zeros(3, 0, dtype=torch.int64, device=model.device)
+    # Of each running sequence the newest token, its id, how many tokens it has and its node of ``answers``.
+    tokens, ids, steps, nodes = torch.zeros(4, 0, dtype=torch.int64, device=model.device)
     while running or waiting < len(prompts):
         check()
         if running:
-            tokens = draw(head.logits(decoder.step(tokens)), ids, steps, running)
+            tokens, nodes = draw(head.logits(decoder.step(tokens)), ids, steps, nodes, running)
             steps = steps + 1
         room = decoder.room()
         if running and room < slots // 4:
@@ -118,9 +128,10 @@ def _generate(
             new = [_Running(p * samples + k, p, [], []) for p in chosen for k in range(samples)]
             ends = decoder.admit([prompts[p] for p in chosen], [samples] * admitted)
             new_ids = torch.arange(waiting * samples, (waiting + admitted) * samples, device=model.device) + first_id
-            first = draw(head.logits(ends).repeat_interleave(samples, 0), new_ids, torch.zeros_like(new_ids), new)
+            zeros = torch.zeros_like(new_ids)  # step 0, at node 0
+            first, behind = draw(head.logits(ends).repeat_interleave(samples, 0), new_ids, zeros, zeros, new)
             tokens, ids = torch.cat([tokens, first]), torch.cat([ids, new_ids])
-            steps = torch.cat([steps, torch.ones_like(new_ids)])
+            steps, nodes = torch.cat([steps, torch.ones_like(new_ids)]), torch.cat([nodes, behind])
             running += new
             waiting += admitted
         going = []
@@ -136,7 +147,7 @@ def _generate(
             order = decoder.keep(going)
             running = [running[i] for i in order]
             kept = torch.tensor(order, dtype=torch.int64, device=model.device)
-            tokens, ids, steps = tokens[kept], ids[kept], steps[kept]
+            tokens, ids, steps, nodes = (of_running[kept] for of_running in (tokens, ids, steps, nodes))
     return Rollout(prompts, [done[i] for i in range(len(prompts) * samples)])
 
 

@@ -1,8 +1,8 @@
 """From texts to token ids, for tokenizers that open, close or merge texts in their own way."""
 
 import pytest
-from tiny import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny import merging_tokenizer, tiny_tokenizer
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from fastppo.batch.encode import encode_answer, encode_prompts
@@ -20,17 +20,6 @@ def closing_tokenizer():
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     return tokenizer
-
-
-def merging_tokenizer():
-    """Merges across the border of prompt and answer: ``: y`` is one token, and words are not split at spaces."""
-    alphabet = {c: i + 2 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz :")}
-    vocab = {"<s>": 0, "</s>": 1, **alphabet, ": ": 30, ": y": 31}
-    model = models.BPE(vocab=vocab, merges=[(":", " "), (": ", "y")])
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, closing_tokenizer])
