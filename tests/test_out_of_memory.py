@@ -1,6 +1,7 @@
 """Memory that runs out: the same step again with half the micro-batch, the same adapter at the end, one line of notice."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,28 @@ def test_samples_are_the_same_with_less_memory(kind, monkeypatch):
         limit_slots(monkeypatch, 2)  # of 18, halved three times, and no less than a prompt's samples
         generate(model, prompts, 2, sampling, seed=3)
         assert model.halvings == 3
+
+
+def test_what_was_handed_on_is_not_handed_on_again(monkeypatch):
+    """Memory runs out in the middle of sampling, when some answers have gone to the reward function."""
+    model = make_model("llama", micro_batch_tokens=BUDGET)
+    model.base = replace(model.base, eos_ids=tuple(range(0, 320, 6)))  # answers of every length
+    prompts, sampling = random_prompts(0, 30, root=4), Sampling(max_new_tokens=8, slots=16)
+    expected, handed = generate(model, prompts, 2, sampling, seed=3), []
+    real, steps = PackedDecoder.step, []
+
+    def limited(self, tokens_B):
+        steps.append(self.slots)
+        if len(steps) == 9:
+            run_out(len(tokens_B))
+        return real(self, tokens_B)
+
+    monkeypatch.setattr(PackedDecoder, "step", limited)
+    found = generate(model, prompts, 2, sampling, seed=3, finished=lambda *sample: handed.append(sample))
+    assert set(steps) == {16, 8}
+    assert sorted(index for index, _ in handed) == list(range(60))
+    assert all(found.samples[index] is sample for index, sample in handed)
+    assert [s.tokens for s in found.samples] == [s.tokens for s in expected.samples]
 
 
 @pytest.mark.parametrize("padded", [False, True])

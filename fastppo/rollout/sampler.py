@@ -74,9 +74,18 @@ def generate(
     Returns:
         A rollout with the samples of each prompt side by side, in the prompts' order.
     """
-    return with_less_memory(
-        model, "sampling", lambda: _generate(model, prompts, samples, sampling, seed, first_id, check)
+    done: dict[int, Sample] = {}
+
+    def end(index: int, sample: Sample) -> None:
+        if index not in done:  # in an attempt before this one, from which what was handed on stands
+            done[index] = sample
+            if finished is not None:
+                finished(index, sample)
+
+    with_less_memory(
+        model, "sampling", lambda: _generate(model, prompts, samples, sampling, seed, first_id, answers, end, check)
     )
+    return Rollout(prompts, [done[i] for i in range(len(prompts) * samples)])
 
 
 def _generate(
@@ -86,13 +95,14 @@ def _generate(
     sampling: Sampling,
     seed: int,
     first_id: int,
+    answers: TokenTrie | None,
+    end: Callable[[int, Sample], None],
     check: Callable[[], None],
-) -> Rollout:
+) -> None:
     head, tokenizer, eos = model.backbone.head, model.base.tokenizer, frozenset(model.base.eos_ids)
     slots = min(sampling.slots, len(prompts) * samples)  # a cache is no larger than it is used
     slots = max(samples, slots >> model.halvings)
     decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.micro_batch_tokens)
-    done: dict[int, Sample] = {}
     running: list[_Running] = []
     waiting = 0  # the first prompt not yet admitted
 
@@ -140,15 +150,12 @@ def _generate(
             if finish is None:
                 going.append(place)
             else:
-                done[member.index] = Sample(member.prompt, member.tokens, member.logprobs, finish, text)
-                if finished is not None:
-                    finished(member.index, done[member.index])
+                end(member.index, Sample(member.prompt, member.tokens, member.logprobs, finish, text))
         if len(going) < len(running):
             order = decoder.keep(going)
             running = [running[i] for i in order]
             kept = torch.tensor(order, dtype=torch.int64, device=model.device)
             tokens, ids, steps, nodes = (of_running[kept] for of_running in (tokens, ids, steps, nodes))
-    return Rollout(prompts, [done[i] for i in range(len(prompts) * samples)])
 
 
 def _finish(
