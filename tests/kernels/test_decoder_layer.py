@@ -123,6 +123,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "rank 8": {"rank": 8},
     "rank 16": {"rank": 16},
     "rank 64": {"rank": 64},
+    "rank 128": {"rank": 128},
     "one token": {"tokens": 1},
 }
 ROWS: dict[str, dict[str, Any]] = {
