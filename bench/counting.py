@@ -240,7 +240,8 @@ def as_on_cuda(counter: Counter) -> Iterator[None]:
         stack.enter_context(mock.patch.object(_triton_head, "ppo", ppo))
         # Which knows no meta device.
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", no_autocast_on_meta))
-        # Nor do the functions on lists of tensors, which a GPU has.
+        # Nor do the optimizer's, which checks for the device, and the functions on lists of tensors, which a GPU has.
+        stack.enter_context(mock.patch("torch.optim.adam._device_dtype_check_for_fused", lambda _: None))
         stack.enter_context(mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", lambda device: True))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _flash))
         stack.enter_context(mock.patch.object(Tensor, "is_cuda", property(lambda x: x.is_meta or is_cuda(x))))

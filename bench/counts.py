@@ -229,10 +229,10 @@ def optimizer_step(case: Case) -> Counts:
     parameters = [nn.Parameter(meta(*shape, dtype=torch.float32)) for shape in shapes * case.config.num_hidden_layers]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    optimizer = make_optimizer(parameters, 1e-5, 1e-8)
-    optimizer.param_groups[0]["foreach"] = True  # as torch chooses on a GPU
-    optimizer.step()  # which makes the moments
     counter = Counter()
+    with as_on_cuda(counter):
+        optimizer = make_optimizer(parameters, 1e-5, 1e-8)
+        optimizer.step()  # which makes the moments
     with as_on_cuda(counter), counter:
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()

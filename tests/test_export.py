@@ -28,7 +28,8 @@ def trained(request, world, tmp_path_factory):
     """A finished run, its model folder, token ids and the trainer's logits for them."""
     folder = tmp_path_factory.mktemp(request.param)
     model = save_tiny_model(request.param, folder / "model")
-    world.train(folder / "run", model=model, ppo__iterations=2, value__adapter=request.param == "llama", lora__rslora=True)
+    trunk = "own" if request.param == "llama" else "shared"
+    world.train(folder / "run", model=model, ppo__iterations=2, value__trunk=trunk, lora__rslora=True)
     config = load_config({}, folder / "run" / "config.yaml")
     policy = ActorCritic(load_base(config), config)
     load_adapter(policy, folder / "run" / "adapter")

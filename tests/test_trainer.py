@@ -162,8 +162,8 @@ def test_without_any_training(world, tmp_path):
 
 
 VARIANTS = [
-    {"value__adapter": True},
-    {"value__detach": True},
+    {"value__trunk": "own"},
+    {"value__trunk": "detached"},
     {"ppo__kl_estimator": "k2"},
     {"ppo__kl_estimator": "k3"},
     {"ppo__kl_coef": 0},
@@ -196,7 +196,7 @@ def test_variants_run(world, tmp_path, changes):
 @pytest.mark.parametrize("own", [False, True], ids=["shared-trunk", "own-adapter"])
 def test_warm_up_trains_the_critic_and_leaves_the_policy_as_it_was(world, tmp_path, own):
     run = tmp_path / "run"
-    world.train(run, value__warmup=2, value__adapter=own, ppo__iterations=4)
+    world.train(run, value__warmup=2, value__trunk="own" if own else "shared", ppo__iterations=4)
     rows = ppo_steps(run)
     # After two iterations of warm-up the third still samples from the start; only the fourth has moved.
     assert [row["kl"] == 0.0 for row in rows] == [True, True, True, False]

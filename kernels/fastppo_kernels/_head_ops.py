@@ -518,6 +518,7 @@ def _(hidden_RH: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 def _ppo_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for each output that has no gradient, one of them [T, H]
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:5]]
     ctx.save_for_backward(*output[4:])
 

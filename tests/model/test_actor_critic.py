@@ -168,7 +168,7 @@ def test_critic_adapter_starts_as_the_base():
     torch.testing.assert_close(model.values(tree), model.value_head(base_hidden)[:, 0][tree.action_rows])
 
 
-@pytest.mark.parametrize("settings", [{}, {"value__detach": True}, {"value__adapter": True}])
+@pytest.mark.parametrize("settings", [{}, {"value__trunk": "detached"}, {"value__trunk": "own"}])
 def test_values_alone(settings):
     """The same numbers as the whole forward's; only the critic gets gradients from them."""
     tree = make_tree()
@@ -233,7 +233,7 @@ def test_all_linear_leaves_the_tied_head_alone():
     assert not any("lm_head" in name or "embed" in name for name in model.adapter_tensors(POLICY))
 
 
-@pytest.mark.parametrize("settings", [{}, {"value__adapter": True}])
+@pytest.mark.parametrize("settings", [{}, {"value__trunk": "own"}])
 @pytest.mark.parametrize("reference", [False, True])
 def test_state_round_trip(settings, reference):
     tree = make_tree()

@@ -212,14 +212,14 @@ def test_rows_that_nobody_reads_are_left_out_behind_the_last_attention(monkeypat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [{}, {"value__adapter": True}, {"ppo__reference": "start"}, {"value__detach": True}])
+@pytest.mark.parametrize("settings", [{}, {"value__trunk": "own"}, {"ppo__reference": "start"}, {"value__trunk": "detached"}])
 def test_policy_reference_and_critic(kind, settings):
     model, tree = make(kind, **settings), make_tree()
     torch.nn.init.normal_(model.value_head.weight)
     if "ppo__reference" in settings:
         model.freeze_reference()
         spread_adapter(model, POLICY, 0.1, seed=5)
-    if "value__adapter" in settings:
+    if settings.get("value__trunk") == "own":
         spread_adapter(model, CRITIC, 0.1, seed=2)
 
     def run():
@@ -429,7 +429,7 @@ CHANGES = {
     "a linear layer that is replaced": (_double, {"lora__targets": "q_proj,up_proj"}),
     "a base layer that is replaced": (_double_the_base, {}),
     "merged": (_merge, {}),
-    "several active adapters": (_two_at_once, {"value__adapter": True}),
+    "several active adapters": (_two_at_once, {"value__trunk": "own"}),
     "a bias on B": (_biased, {}),
 }
 
