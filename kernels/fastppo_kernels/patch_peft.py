@@ -167,7 +167,14 @@ def _base(layer: Any) -> _Base | str:
 
 
 def _is_4bit(base: nn.Module) -> bool:
-    return type(base).__name__ == "Linear4bit" and type(base).__module__ == "bitsandbytes.nn.modules"
+    """bitsandbytes' layer, or one in its place whose class says that its forward is the same by `lora_gemm`."""
+    kind = type(base)
+    return (kind.__name__, kind.__module__) == ("Linear4bit", "bitsandbytes.nn.modules") or _is_by_lora_gemm(base)
+
+
+def _is_by_lora_gemm(base: nn.Module) -> bool:
+    # Of a fastppo model in 4 bits, see `fastppo.model.nf4`.
+    return hasattr(type(base), "computes_by_lora_gemm")
 
 
 def _nf4(layer: Any, weight: Any) -> NF4Weight:
@@ -198,7 +205,7 @@ def _base_4bit(layer: Any, base: Any, weight: Any, bias: Tensor | None) -> _Base
         return f"4-bit weight of type {state.quant_type}"
     # bitsandbytes computes in the dtype of its first input, where none is set, and rounds to that of the state before.
     dtype = base.compute_dtype or state.dtype
-    if state.dtype not in (dtype, torch.float32):
+    if state.dtype not in (dtype, torch.float32) and not _is_by_lora_gemm(base):
         return f"4-bit weight of {state.dtype}, computed in {dtype}"
     return _Base(_nf4(layer, weight), bias, dtype)
 

@@ -199,6 +199,37 @@ def test_other_4bit_bases_are_pefts(options, why):
     torch.testing.assert_close(patched_with_warning(model, why)(x), model(x), rtol=0, atol=0)
 
 
+class ByLoraGemm:
+    """What makes a 4-bit layer one that says of itself that it computes through `lora_gemm`."""
+
+    computes_by_lora_gemm = True
+
+    def forward(self, x):
+        return lora_gemm(x, NF4Weight.from_bitsandbytes(self.weight), None, None, bias=self.bias)
+
+
+def test_a_4bit_layer_with_a_forward_of_its_own_is_pefts_unless_it_is_by_lora_gemm(monkeypatch):
+    model, x = toy_4bit()
+    layer = layers_of(model)[0].base_layer
+    layer.__class__ = type("Own", (type(layer),), {"forward": lambda self, x: x[..., :64] * 3})
+    wanted = model(x)
+    torch.testing.assert_close(patched_with_warning(model, "base layer Own")(x), wanted, rtol=0, atol=0)
+
+    model, x = toy_4bit(compute=torch.float32)  # rounded to bfloat16 by bitsandbytes alone
+    layer = layers_of(model)[0].base_layer
+    layer.__class__ = type("Own", (ByLoraGemm, type(layer)), {})
+    layer.bias.data = layer.bias.data.float()
+    twin = dense(model)
+    twin_layer = layers_of(twin)[0].base_layer
+    twin_layer.weight.data = NF4Weight.from_bitsandbytes(layer.weight).dequantize(torch.float32)
+    seen = []
+    monkeypatch.setattr(patching, "lora_gemm", lambda *args, **kwargs: seen.append(1) or lora_gemm(*args, **kwargs))
+    fast = patched(model)
+    assert_same(run(fast, x.float()), run(twin, x.float()))
+    assert seen
+    torch.testing.assert_close(plain(fast, x.float()), plain(twin, x.float()))
+
+
 # -- peft's own operations -----------------------------------------------------------------------------------------------
 
 
