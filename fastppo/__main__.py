@@ -1,5 +1,6 @@
 """The entry point: ``python -m fastppo`` and the command ``fastppo``."""
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ def main() -> int:
     # Threads of torch's OpenMP wait for each other spinning. When other programs use the cores, the default count makes a run
     # several times slower; this one costs nothing when they are free. It has to be there before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # Where the CPU has AVX-512 BF16, bitsandbytes warns, when peft imports it, that a kernel is missing that is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from fastppo.cli import main
 

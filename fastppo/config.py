@@ -204,8 +204,9 @@ class Config:
     )
     dtype: str = _setting(
         "auto",
-        "numbers of the frozen base (auto: bfloat16 on a GPU, float32 on the CPU)",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        "numbers of the frozen base (auto: bfloat16 on a GPU, float32 on the CPU; nf4: 4 bits, computed in what auto is)",
+        "nf4: Dettmers et al. 2023, QLoRA (arXiv 2305.14314)",
+        choices=("auto", "float32", "bfloat16", "float16", "nf4"),
     )
     train_examples: int | None = _setting(None, "use only the first N of the shuffled train set", low=1)
     valid_examples: int = _setting(400, "held out of train to pick the best checkpoint, at most a tenth", low=0)

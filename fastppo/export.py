@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import warnings
@@ -12,20 +13,27 @@ from peft import PeftModel
 from rich.text import Text
 
 from fastppo import files
+from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.evaluate import open_run, read_adapter
-from fastppo.model.load import first_line, load_base
+from fastppo.model import nf4
+from fastppo.model.load import Base, first_line, load_base
 
 
 def export_run(run: Path, to: Path, merged: bool, console: rich.console.Console) -> None:
     """Write the run's adapter and tokenizer, or a merged model, to a new folder that plain transformers and peft load.
 
+    A merged model of a base in 4 bits has plain weights: the values that its 4 bits stand for, and the adapter.
+
     Raises:
-        UserError: the run has no adapter yet, or it is damaged, or the base model cannot be loaded.
+        UserError: the run has no adapter yet, or it is damaged, or the base model cannot be loaded, or not in plain weights
+            for a merged model.
     """
     config, adapter = open_run(run, console)
     read_adapter(adapter)
     base = load_base(config)
+    if merged and nf4.in_4_bits(base.model):
+        base = _in_plain_weights(base, config)
     try:
         with warnings.catch_warnings():  # of peft's own calls into transformers
             warnings.simplefilter("ignore", FutureWarning)
@@ -41,5 +49,20 @@ def export_run(run: Path, to: Path, merged: bool, console: rich.console.Console)
         base.tokenizer.save_pretrained(str(fresh))
     how = "transformers.AutoModelForCausalLM" if merged else "peft.AutoPeftModelForCausalLM"
     # Without the type, transformers loads the base in the type of its file, which need not be the one it was trained in.
-    call = f"{how}.from_pretrained({str(to)!r}, dtype={base.model.dtype})"
+    options = f"dtype={base.model.dtype}"
+    if config.dtype == "nf4" and not merged:
+        quantised = f"load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype={base.model.dtype}"
+        options += f", quantization_config=transformers.BitsAndBytesConfig({quantised})"
+    call = f"{how}.from_pretrained({str(to)!r}, {options})"
     console.print(Text(f"wrote {to}; load it with {call}"), soft_wrap=True)
+
+
+def _in_plain_weights(base: Base, config: Config) -> Base:
+    """The base with plain weights of the values that it was trained with, not of those it had before they were quantised."""
+    dense = load_base(dataclasses.replace(config, dtype=str(base.model.dtype).removeprefix("torch.")))
+    if nf4.in_4_bits(dense.model):
+        raise UserError(
+            f"--merged: the base {base.name!r} is stored in 4 bits and has no plain weights; export without --merged"
+        )
+    nf4.copy_dequantised(base.model, dense.model)
+    return dense

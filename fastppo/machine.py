@@ -386,19 +386,11 @@ def _quantisation() -> dict[str, Any]:
     if not _installed("bitsandbytes")["installed"]:
         return {"nf4": "bitsandbytes is not installed"}
     try:
-        import torch
+        from fastppo.model.nf4 import obstacle
 
-        library = importlib.import_module("bitsandbytes.cextension").lib
-        functional = importlib.import_module("bitsandbytes.functional")
-        if _device().type == "cuda":  # a try would need a context on the GPU
-            if not getattr(library, "compiled_with_cuda", False):
-                said = getattr(library, "error_msg", "it loaded the one for CPUs")
-                return {"nf4": f"bitsandbytes has no library for this CUDA: {said}"}
-        else:
-            functional.quantize_4bit(torch.ones(64, 64), quant_type="nf4")
+        return {"nf4": obstacle(_device()) or "usable"}
     except (Exception, SystemExit) as error:
         return {"nf4": reason(error)}
-    return {"nf4": "usable"}
 
 
 def _measured() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from fastppo.evaluate import LabelledPrompts, allowed_answers, encode, evaluate,
 from fastppo.interrupt import Interruptible
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import load_base
+from fastppo.model.nf4 import in_4_bits
 from fastppo.rewards.rules import answer_reward
 from fastppo.rewards.stream import RewardStream
 from fastppo.rollout.sampler import Sampling, generate
@@ -378,8 +379,8 @@ class Trainer:
         fingerprint = self.state.fingerprint
         if saved.state.get("fingerprint") != fingerprint:
             raise UserError(
-                f"run folder {self.run}: settings, data, base model, device or the versions of fastppo, torch, transformers "
-                "or peft changed since the run began; it cannot go on to the same result"
+                f"run folder {self.run}: settings, data, base model, device or the versions of fastppo, torch, transformers, "
+                "peft or bitsandbytes changed since the run began; it cannot go on to the same result"
             )
         self.state = State(**saved.state)
         tracker.restore(self.state.records)
@@ -445,7 +446,8 @@ class Trainer:
     def _fingerprint(self) -> str:
         """Of everything that decides this run's numbers: settings, versions, device, prompts, labels, base weights."""
         settings = config_module.to_dict(self.config) | {"out": None}
-        digest = hashlib.sha256(repr((settings, _versions(), str(self.model.device), self.model.base.eos_ids)).encode())
+        versions = _versions(self.model)
+        digest = hashlib.sha256(repr((settings, versions, str(self.model.device), self.model.base.eos_ids)).encode())
         for part in (self.train, self.valid, self.dev):
             digest.update(repr((part.prompts, part.labels)).encode())
         digest.update(repr(self._answers(self.warm)).encode())
@@ -453,6 +455,8 @@ class Trainer:
             if "lora_" not in name:
                 digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
                 digest.update(repr(parameter.detach().flatten()[:64].float().tolist()).encode())
+                if getattr(parameter, "quant_state", None) is not None:  # 4 bits without their scales are half of the weight
+                    digest.update(repr(parameter.quant_state.absmax.flatten()[:64].tolist()).encode())
         return digest.hexdigest()
 
     # -- what the user sees -------------------------------------------------------------------------------------------
@@ -478,6 +482,7 @@ class Trainer:
         """What ``summary.json`` holds."""
         state, seconds = self.state, self.state.seconds
         ppo_seconds = sum(seconds.get(k, 0.0) for k in PPO_PHASES)
+        dtype = str(self.model.backbone.head.weight.dtype).removeprefix("torch.")
         return {
             "task": self.config.task,
             "model": self.config.model or "built-in",
@@ -496,8 +501,8 @@ class Trainer:
             "first_log_ratio": state.first_log_ratio,
             "packed": self.model.backbone.packed,
             "device": str(self.model.device),
-            "dtype": str(self.model.backbone.head.weight.dtype).removeprefix("torch."),
-            "versions": {"python": platform.python_version(), **_versions()},
+            "dtype": f"nf4, computed in {dtype}" if in_4_bits(self.model.base.model) else dtype,
+            "versions": {"python": platform.python_version(), **_versions(self.model)},
         }
 
     def _show(self, summary: Mapping[str, Any]) -> None:
@@ -519,8 +524,10 @@ class Trainer:
         self.tracker.note(f"wrote {self.run}")
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "peft", "numpy")
+def _versions(model: ActorCritic) -> dict[str, str]:
+    packages = ["torch", "transformers", "peft", "numpy"]
+    if in_4_bits(model.base.model):
+        packages.append("bitsandbytes")
     return {"fastppo": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 

@@ -25,6 +25,20 @@ def test_spinning_of_openmp_is_bounded_unless_the_user_says_otherwise():
     assert python(code, GOMP_SPINCOUNT="7").stdout.split()[-1] == "7"
 
 
+def test_a_kernel_that_bitsandbytes_could_not_fetch_is_not_spoken_of():
+    """On CPUs with AVX-512 BF16 it warns of that when peft imports it, with a run or not."""
+    code = (
+        "import logging, sys\n"
+        "from fastppo.__main__ import main\n"
+        "sys.argv[1:] = ['--version']\n"
+        "main()\n"
+        "logger = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "logger.warning('Failed to load CPU gemm_4bit_forward')\n"
+        "logger.error('something else')\n"
+    )
+    assert python(code).stderr == "something else\n"
+
+
 def test_ctrl_c_while_importing_ends_with_one_line():
     code = (
         "import builtins, sys\n"

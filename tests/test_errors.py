@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_settings(world, tmp_path, changes, expected):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_no_gpu(world, tmp_path):
     refused(world.argv(Path("run"), device="cuda"), tmp_path, "--device: 'cuda' is not here; torch sees 0 GPUs")
+
+
+def without_bitsandbytes() -> None:
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+
+
+def test_4_bits_without_bitsandbytes(world, tmp_path):
+    expected = "--dtype: nf4 is not possible here: bitsandbytes is not installed; it needs: pip install 'bitsandbytes>=0.50'"
+    refused(world.argv(Path("run"), dtype="nf4"), tmp_path, expected, hook=without_bitsandbytes)
 
 
 def test_run_folder_that_exists(world, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -49,8 +50,8 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def tiny_config(kind: str, vocab: int):
-    sizes = {"vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+def tiny_config(kind: str, vocab: int, width: int = 32):
+    sizes = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": 3 * width // 2, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     if kind == "qwen2":
@@ -61,9 +62,11 @@ def tiny_config(kind: str, vocab: int):
         return MistralConfig(**sizes, **heads, **ends, sliding_window=7)
     if kind == "gpt_neox":
         return GPTNeoXConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=512, hidden_dropout=0.1)
+    if kind == "gpt2":
+        return GPT2Config(vocab_size=vocab, n_embd=width, n_layer=2, n_head=4, n_positions=512, **ends)
     if kind == "mpt":
         return MptConfig(
-            d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=512, vocab_size=vocab, **ends
+            d_model=width, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=512, vocab_size=vocab, **ends
         )
     raise ValueError(kind)
 
@@ -71,11 +74,11 @@ def tiny_config(kind: str, vocab: int):
 KINDS = ("qwen2", "llama", "mistral", "gpt_neox", "mpt")
 
 
-def save_tiny_model(kind: str, folder: Path, *, eos: bool = True, seed: int = 0) -> Path:
+def save_tiny_model(kind: str, folder: Path, *, eos: bool = True, seed: int = 0, width: int = 32) -> Path:
     """A random model whose logits differ clearly between tokens, and its tokenizer."""
     tokenizer = tiny_tokenizer(eos=eos)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer), width))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

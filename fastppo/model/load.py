@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from fastppo.builtin import MODEL_DIR
 from fastppo.config import Config
 from fastppo.errors import UserError
+from fastppo.model import nf4
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,7 +44,8 @@ def pick_device(setting: str) -> torch.device:
 
 
 def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
-    if setting == "auto":
+    """What a base computes in; one in 4 bits in what ``auto`` is."""
+    if setting in ("auto", "nf4"):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[setting]
 
@@ -51,8 +54,8 @@ def load_base(config: Config) -> Base:
     """The base model and tokenizer that the settings name, on their device, frozen.
 
     Raises:
-        UserError: no such folder, no configuration, weights that are missing, damaged or do not fit, no decoder, a
-            tokenizer that is missing or has no end-of-sequence token.
+        UserError: no such folder, no configuration, weights that are missing, damaged or do not fit, no decoder, no
+            bitsandbytes for 4 bits, a tokenizer that is missing or has no end-of-sequence token.
     """
     source = str(MODEL_DIR) if config.model is None else os.path.expanduser(config.model)
     shown = "the built-in model" if config.model is None else f"model {config.model!r}"
@@ -64,7 +67,10 @@ def load_base(config: Config) -> Base:
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise UserError(f"{shown}: no such folder")
     device = pick_device(config.device)
-    options = {"trust_remote_code": config.trust_remote_code, "dtype": pick_dtype(config.dtype, device)}
+    dtype = pick_dtype(config.dtype, device)
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": dtype}
+    if config.dtype == "nf4":
+        options |= _in_4_bits(device, dtype)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # without a network its retries log a dozen lines in front of the error
@@ -92,9 +98,23 @@ def load_base(config: Config) -> Base:
     model.requires_grad_(False)
     model.eval()
     model.to(device)
+    if config.dtype == "nf4" or nf4.in_4_bits(model):  # or stored so
+        nf4.adopt(model, dtype, shown)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels launch on the current device
     return Base(model, tokenizer, _eos_ids(model, tokenizer, shown), source)
+
+
+def _in_4_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What makes `from_pretrained` quantise a base, on its device: left to itself, transformers would take the first GPU."""
+    try:
+        why = nf4.obstacle(device)
+    except Exception as error:  # whatever a wrong build of it raises
+        why = first_line(error)
+    if why:
+        raise UserError(f"--dtype: nf4 is not possible here: {why}; it needs: pip install 'bitsandbytes>=0.50'")
+    place = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+    return {"quantization_config": nf4.quantisation(dtype), "device_map": {"": place}}
 
 
 def _load_tokenizer(source: str, shown: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
