@@ -147,7 +147,8 @@ def test_a_diverged_policy_is_seen():
     """Its answers are some of those allowed; the log-probs say that they mean nothing."""
     model = make_model("llama")
     with torch.no_grad():
-        next(iter(model.adapter_tensors(POLICY).values())).fill_(torch.nan)
+        for parameter in model.adapter_tensors(POLICY).values():
+            parameter.fill_(torch.nan)
     rollout = generate(model, random_prompts(0, 4), 2, Sampling(), seed=0, answers=TokenTrie(ANSWERS))
     assert all(s.tokens in ANSWERS and torch.tensor(s.logprobs).isnan().all() for s in rollout.samples)
 
