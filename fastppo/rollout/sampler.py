@@ -78,9 +78,9 @@ def generate(
 
     def end(index: int, sample: Sample) -> None:
         if index not in done:  # in an attempt before this one, from which what was handed on stands
-            done[index] = sample
             if finished is not None:
-                finished(index, sample)
+                finished(index, sample)  # may itself run out of memory: then again in the next attempt
+            done[index] = sample
 
     with_less_memory(
         model, "sampling", lambda: _generate(model, prompts, samples, sampling, seed, first_id, answers, end, check)

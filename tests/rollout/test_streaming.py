@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 from engine import make_model, random_prompts
 
 from fastppo import trainer
@@ -144,3 +145,18 @@ def test_the_trainer_asks_for_rewards_while_others_decode(world, tmp_path, monke
     iterations = " ".join(events).split("begin ")[1:]
     assert [part.count("reward") for part in iterations] == [8 * 3] * 2
     assert all("reward step" in part for part in iterations)
+
+
+def test_a_reward_that_runs_out_of_memory_is_asked_for_again():
+    calls = []
+
+    def reward(index, sample):
+        calls.append(index)
+        if len(calls) == 10:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return worth(index, sample)
+
+    with RewardStream(reward) as stream:
+        rollout = sampled(finished=stream.finished)
+        assert stream(rollout) == [worth(i, sample) for i, sample in enumerate(rollout.samples)]
+    assert len(calls) == 61 and calls.count(calls[9]) == 2
