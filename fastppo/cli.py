@@ -1,4 +1,4 @@
-"""The command line: `fastppo train | eval | export | doctor`. Nothing heavy is imported before a command runs."""
+"""The command line: `fastppo train | plan | eval | export | doctor`. Nothing heavy is imported before a command runs."""
 
 import argparse
 import dataclasses
@@ -22,8 +22,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _parser() -> tuple[_Parser, _Parser]:
-    """The whole command line's parser, and that of `train`."""
+def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    """The whole command line's parser, and those of the commands that take settings."""
     parser = _Parser(prog="fastppo", description="PPO and LoRA for language models on one GPU.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastppo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -40,11 +40,20 @@ def _parser() -> tuple[_Parser, _Parser]:
     train.add_argument(
         "--resume", metavar="RUN", type=Path, help="go on with an interrupted run, with its own settings"
     )
-    groups = {"": train.add_argument_group("run")}
-    for section, cls in config.SECTIONS.items():
-        groups[section] = train.add_argument_group(section, (cls.__doc__ or "").strip())
-    for setting in config.SETTINGS.values():
-        _add_flag(groups[setting.section], setting)
+    _add_settings(train)
+
+    plan = commands.add_parser(
+        "plan",
+        help="say what memory a run will take, before any weight is loaded",
+        description="Takes the settings of train. The exit status is 1 where the run does not fit.",
+        usage="fastppo plan [--gpu NAME] [--json] [--config FILE] [--SETTING VALUE ...]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+        allow_abbrev=False,
+    )
+    plan.add_argument("--gpu", metavar="NAME", help="a GPU that need not be here: a100-40, h100-80 and others, or 24GiB")
+    plan.add_argument("--json", action="store_true", help="the same as one JSON object")
+    plan.add_argument("--config", metavar="FILE", type=Path, help="settings in a YAML or TOML file")
+    _add_settings(plan)
 
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter", allow_abbrev=False)
     evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")
@@ -61,7 +70,15 @@ def _parser() -> tuple[_Parser, _Parser]:
         "doctor", help="say what of this machine training can use, and why not the rest", allow_abbrev=False
     )
     doctor.add_argument("--json", action="store_true", help="the same facts as one JSON object")
-    return parser, train
+    return parser, {"train": train, "plan": plan}
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    groups = {"": parser.add_argument_group("run")}
+    for section, cls in config.SECTIONS.items():
+        groups[section] = parser.add_argument_group(section, (cls.__doc__ or "").strip())
+    for setting in config.SETTINGS.values():
+        _add_flag(groups[setting.section], setting)
 
 
 def _add_flag(group: Any, setting: config.Setting) -> None:
@@ -78,10 +95,11 @@ def _add_flag(group: Any, setting: config.Setting) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser, train = _parser()
+    parser, with_settings = _parser()
     if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]}{config.suggest(argv[0], list(COMMANDS))}; see fastppo --help")
-    flags = {flag: action for action in train._actions for flag in action.option_strings}
+    taking = with_settings.get(argv[0] if argv else "", with_settings["train"])
+    flags = {flag: action for action in taking._actions for flag in action.option_strings}
     joined: list[str] = []
     for word in argv:
         # argparse takes a value such as -1e-3 or -inf for a flag; --flag=-inf it understands.
@@ -94,7 +112,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         flag = unknown[0].split("=")[0]
         what = "flag" if flag.startswith("-") else "argument"
-        known = list(flags) if args.command == "train" else []
+        known = list(flags) if args.command in with_settings else []
         raise UserError(f"{args.command}: unknown {what} {flag}{config.suggest(flag, known)}")
     return args
 
@@ -105,9 +123,13 @@ def _console() -> Any:
     return Console()
 
 
-def _train(args: argparse.Namespace) -> None:
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     given = {key: value for key, value in vars(args).items() if key in config.SETTINGS}
-    overrides = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given.items()}
+    return {key: str(value).lower() if isinstance(value, bool) else value for key, value in given.items()}
+
+
+def _train(args: argparse.Namespace) -> None:
+    overrides = _overrides(args)
     if args.resume:
         overrides |= {key: _whole_path(overrides[key]) for key in ("model", "data") if key in overrides}
         for flag, wrong in (("--config", args.config), ("--out", overrides.get("out"))):
@@ -197,6 +219,13 @@ def _export(args: argparse.Namespace) -> None:
     export.export_run(run, args.to, args.merged, _console())
 
 
+def _plan(args: argparse.Namespace) -> int:
+    settings = config.load_config(_overrides(args), args.config)
+    from fastppo import plan
+
+    return plan.plan(settings, args.gpu, None if args.json else _console())
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from fastppo import doctor
 
@@ -205,7 +234,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 # What a command returns is the exit code, None for 0.
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "train": _train, "eval": _eval, "export": _export, "doctor": _doctor,
+    "train": _train, "plan": _plan, "eval": _eval, "export": _export, "doctor": _doctor,
 }  # fmt: skip
 
 

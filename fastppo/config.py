@@ -213,7 +213,14 @@ class Config:
     eval_every: int = _setting(10, "PPO iterations between validations", low=1)
     checkpoint_every: int = _setting(10, "steps between checkpoints (SFT steps, PPO iterations)", low=1)
     micro_batch_tokens: int | None = _setting(
-        None, "tokens of the tree per forward and backward: memory (none: 8192 on a GPU, 2048 on the CPU)", low=1
+        None, "tokens of the tree per forward and backward: memory (none: 2048 on the CPU; on a GPU 8192, or what fits)", low=1
+    )
+    activations: str = _setting(
+        "auto",
+        "how activations reach backward: kept, computed again block by block from blocks' inputs, or those inputs kept in the "
+        "host's memory (auto: kept where that fits, else computed again)",
+        "Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv 1604.06174)",
+        choices=("auto", "keep", "recompute", "offload"),
     )
     max_prompt_tokens: int = _setting(1024, "longest allowed prompt, in tokens", low=1)
     trust_remote_code: bool = _setting(False, "run Python code that comes with the model")

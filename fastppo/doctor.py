@@ -205,7 +205,7 @@ def page(facts: Facts) -> Iterator[tuple[str, list[Row]]]:
 def _training(facts: Facts) -> Iterator[Row]:
     yield "device", facts["device"], ""
     yield "base", facts["dtype"], ""
-    yield "micro-batch", f"{facts['micro_batch_tokens']:,} tokens of the tree", ""
+    yield "micro-batch", f"{facts['micro_batch_tokens']:,} tokens of the tree at most; fastppo plan says what they take", ""
 
 
 def _failed(facts: Facts, label: str = "") -> list[Row]:

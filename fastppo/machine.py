@@ -100,13 +100,8 @@ def _number(path: Path, pattern: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _system() -> dict[str, Any]:
-    try:
-        cpu = re.search(r"^model name\s*:\s*(.+)$", (PROC / "cpuinfo").read_text(), re.MULTILINE)
-    except (OSError, ValueError):
-        cpu = None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = (_number(CGROUP / "cpu.max", pattern) for pattern in (r"^(\d+) \d+", r"^\d+ (\d+)"))
+def memory_of_host() -> tuple[int, int | None]:
+    """(bytes of the host, or of the container that this runs in; how many of them are free, if that is known)."""
     total, free = (_number(PROC / "meminfo", rf"^{key}:\s+(\d+) kB") for key in ("MemTotal", "MemAvailable"))
     limit, used = _number(CGROUP / "memory.max", r"^(\d+)"), _number(CGROUP / "memory.current", r"^(\d+)")
     spare = _number(CGROUP / "memory.stat", r"^inactive_file (\d+)")  # counted as used: copies of files, given up when needed
@@ -115,6 +110,17 @@ def _system() -> dict[str, Any]:
     if limit is not None and limit < memory:  # a container's
         memory, left = limit, limit - (used or 0) + (spare or 0)
         memory_free = left if memory_free is None else min(left, memory_free)
+    return memory, memory_free
+
+
+def _system() -> dict[str, Any]:
+    try:
+        cpu = re.search(r"^model name\s*:\s*(.+)$", (PROC / "cpuinfo").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        cpu = None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = (_number(CGROUP / "cpu.max", pattern) for pattern in (r"^(\d+) \d+", r"^\d+ (\d+)"))
+    memory, memory_free = memory_of_host()
     return {
         "os": platform.platform(),
         "machine": platform.machine(),
@@ -431,14 +437,14 @@ def _measured_file(path: Path, software: str) -> dict[str, Any]:
 def _training() -> dict[str, Any]:
     """What `fastppo train` would use with no settings."""
     from fastppo import trainer  # noqa: F401  the engine, whole: whatever does not import shows here
-    from fastppo.model.actor_critic import default_micro_batch_tokens
+    from fastppo.budget import MOST_TOKENS
     from fastppo.model.load import pick_dtype
 
     device = _device()
     return {
         "device": str(device),
         "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
-        "micro_batch_tokens": default_micro_batch_tokens(device),
+        "micro_batch_tokens": MOST_TOKENS[device.type],
     }
 
 

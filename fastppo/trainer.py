@@ -25,6 +25,7 @@ from fastppo.algorithms.ppo import Estimates
 from fastppo.algorithms.sft import sft_step
 from fastppo.batch.encode import encode_answer
 from fastppo.batch.rollout import MiniBatch, Rollout, Sample, pack_rollout
+from fastppo.budget import Prompts
 from fastppo.config import Config
 from fastppo.errors import Interrupted, UserError
 from fastppo.evaluate import LabelledPrompts, allowed_answers, encode, evaluate, with_interval
@@ -192,6 +193,7 @@ class Trainer:
         self.dev = encode(self.model, self.task, self.dataset.dev)
         self.valid = encode(self.model, self.task, [examples[i] for i in order[:valid]])
         self.train = encode(self.model, self.task, [examples[i] for i in order[valid:]])
+        self.model.choose(Prompts.of([*self.train.prompts, *self.valid.prompts, *self.dev.prompts]))
         self.warm = self.train[: config.sft.examples]
         self.allowed = allowed_answers(self.model, self.task, self.train)
         self.state = State(kl_coef=config.ppo.kl_coef, fingerprint=self._fingerprint())
@@ -477,6 +479,8 @@ class Trainer:
         if not self.model.backbone.packed:
             kind = type(self.model.base.model).__name__
             note(f"{kind}: {self.model.backbone.padded_because}; running padded, with the same results")
+        for line in self.model.notices:
+            note(line)
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds."""

@@ -26,7 +26,7 @@ from fastppo.errors import UserError
 # A setting more is a decision, not an accident: first ask whether one fewer would do.
 FROZEN = {
     "": "task model data out seed device dtype train_examples valid_examples eval_every checkpoint_every "
-    "micro_batch_tokens max_prompt_tokens trust_remote_code",
+    "micro_batch_tokens activations max_prompt_tokens trust_remote_code",
     "lora": "rank alpha targets rslora",
     "value": "trunk warmup coef clip",
     "sft": "examples epochs lr batch_size warmup",

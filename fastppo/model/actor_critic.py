@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fastppo import budget
 from fastppo.batch.token_tree import TokenTree
 from fastppo.config import Config
 from fastppo.errors import UserError
+from fastppo.model.adapters import CRITIC, POLICY, REFERENCE, adapter_tensors, add_policy
 from fastppo.model.backbone import Backbone
-from fastppo.model.load import Base, first_line
+from fastppo.model.load import Base
+from fastppo.model.nf4 import in_4_bits
+from fastppo.model.recompute import Recompute
 from fastppo_kernels import patch_peft
-
-POLICY, REFERENCE, CRITIC = "policy", "reference", "critic"
 
 
 class Scores(NamedTuple):
@@ -30,11 +31,6 @@ class Scores(NamedTuple):
     logprob: Tensor
     entropy: Tensor
     values: Tensor
-
-
-def default_micro_batch_tokens(device: torch.device) -> int:
-    """On the CPU fewer, which its caches hold, are faster."""
-    return 8192 if device.type == "cuda" else 2048
 
 
 class ActorCritic:
@@ -55,31 +51,10 @@ class ActorCritic:
         self.notice: Callable[[str], None] = lambda text: print(f"fastppo: {text}", file=sys.stderr)
         self.backbone = Backbone(base.model)
         self.device = self.backbone.head.weight.device
-        targets: str | list[str] = config.lora.targets
-        if targets != "all-linear":
-            targets = targets.split(",")  # type: ignore[union-attr]
-        self.peft_config = PeftLoraConfig(
-            r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, use_rslora=config.lora.rslora,
-            lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-        )  # fmt: skip
-        torch.manual_seed(config.seed)  # peft draws A from the global generator
-        try:
-            with warnings.catch_warnings():  # of peft's own calls into transformers
-                warnings.simplefilter("ignore")
-                self.peft: PeftModel = get_peft_model(base.model, self.peft_config, adapter_name=POLICY)
-        except ValueError as error:
-            raise UserError(f"--lora-targets: {config.lora.targets!r}: {first_line(error)}") from None
-        if isinstance(base.model.get_output_embeddings(), BaseTunerLayer):
-            raise UserError(
-                f"--lora-targets: {config.lora.targets!r} adapts the language-model head; the head stays frozen"
-            )
-        known = [f".{name}" for name in self.peft.base_model.targeted_module_names]
-        for target in targets if isinstance(targets, list) else []:  # peft itself only objects when none of them is found
-            if not any(name.endswith(f".{target}") for name in known):
-                raise UserError(f"--lora-targets: {target!r} is no module of the base model")
-        if sum(p.requires_grad for p in self.peft.parameters()) != len(self.adapter_tensors(POLICY)):
-            raise UserError(f"--lora-targets: {config.lora.targets!r} adapts an embedding; only linear layers can be adapted")
+        self.peft = add_policy(base.model, config)
+        self.peft_config: PeftLoraConfig = self.peft.peft_config[POLICY]
         self.peft.eval()
+        self._sizes = budget.sizes_of(self.peft, llama=self.backbone.llama is not None, nf4=in_4_bits(base.model))
         patch_peft(self.peft)
         self._lora_layers = [m for m in self.peft.modules() if isinstance(m, BaseTunerLayer)]
         hidden = self.backbone.head.weight.shape[1]
@@ -90,11 +65,19 @@ class ActorCritic:
         if config.value.trunk == "own":
             self._add_adapter(CRITIC)
         self._activate(POLICY)
+        self.choose(budget.Prompts.longest_allowed(self._sizes, config))
+
+    def choose(self, prompts: budget.Prompts) -> None:
+        """Choose the micro-batch, and how activations reach backward, for these prompts."""
+        chosen = budget.Budget(self._sizes, self.config, budget.Device.of(self.device), prompts).choose()
+        self._chosen_tokens = chosen.tokens
+        self.activations = chosen.activations  # keep, recompute or offload
+        self.notices = (*chosen.notices, *chosen.too_much)  # for the user, a line each
 
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of the tree per forward and backward."""
-        return max(1, (self.config.micro_batch_tokens or default_micro_batch_tokens(self.device)) >> self.halvings)
+        return max(1, self._chosen_tokens >> self.halvings)
 
     def halve_micro_batch(self, phase: str, reason: str) -> None:
         """For what failed in ``phase`` and for all that follows; says so in one line.
@@ -122,10 +105,10 @@ class ActorCritic:
         One pass over the trunk (two with an own value adapter).
         """
         with self._adapter(POLICY):
-            policy_RH = self.backbone.hidden(tree, tree.head_rows)
+            policy_RH = self.backbone.hidden(tree, tree.head_rows, self._recompute(POLICY))
         if self.config.value.trunk == "own":
             with self._adapter(CRITIC):
-                return policy_RH, self.backbone.hidden(tree, tree.head_rows)
+                return policy_RH, self.backbone.hidden(tree, tree.head_rows, self._recompute(CRITIC))
         return policy_RH, policy_RH.detach() if self.config.value.trunk == "detached" else policy_RH
 
     def action_values(self, critic_RH: Tensor, tree: TokenTree) -> Tensor:
@@ -145,13 +128,13 @@ class ActorCritic:
         """Values alone, [A]: what a step that trains only the critic needs. No gradient reaches the policy's adapter."""
         own = self.config.value.trunk == "own"
         with self._adapter(CRITIC if own else POLICY), torch.set_grad_enabled(own and torch.is_grad_enabled()):
-            critic_RH = self.backbone.hidden(tree, tree.head_rows)
+            critic_RH = self.backbone.hidden(tree, tree.head_rows, self._recompute(CRITIC))
         return self.action_values(critic_RH, tree)
 
     def policy_logprob(self, tree: TokenTree, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of the actions under the policy, [A]: what SFT needs."""
         with self._adapter(POLICY):
-            hidden_RH = self.backbone.hidden(tree, tree.head_rows)
+            hidden_RH = self.backbone.hidden(tree, tree.head_rows, self._recompute(POLICY))
         return self.backbone.head.logprob(hidden_RH, tree.action_targets, tree.action_rows, temperature)
 
     @torch.no_grad()
@@ -183,11 +166,7 @@ class ActorCritic:
 
     def adapter_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name; names are the same for every adapter."""
-        return {
-            name.replace(f".{adapter}.", "."): parameter
-            for name, parameter in self.peft.named_parameters()
-            if f".{adapter}." in name and "lora_" in name
-        }
+        return adapter_tensors(self.peft, adapter)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training changes: adapters and value head, on the CPU, by name."""
@@ -218,6 +197,12 @@ class ActorCritic:
             yield
         finally:
             self._activate(POLICY)
+
+    def _recompute(self, adapter: str) -> Recompute | None:
+        """How the trunk, run with this adapter, is computed again in backward; None: what it needs is kept."""
+        if self.activations == "keep":
+            return None
+        return Recompute(partial(self._adapter, adapter), self.activations == "offload")
 
     def _activate(self, name: str | None) -> None:
         # peft's own set_adapter and disable_adapter also flip requires_grad, which would drop gradients of a graph that

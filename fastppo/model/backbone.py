@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastppo.batch.token_tree import TokenTree, build_tree
 from fastppo.errors import UserError
 from fastppo.model import attention as tree_attention
 from fastppo.model.llama_trunk import LlamaTrunk
+from fastppo.model.recompute import Recompute, modules_again
 from fastppo_kernels import linear_logprob
 
 
@@ -82,20 +84,30 @@ class Backbone:
         self.accepts_positions = "position_ids" in inspect.signature(type(self.trunk).forward).parameters
         self.head = head_of(model)
         self.llama = LlamaTrunk(self.trunk) if LlamaTrunk.suits(self.trunk) else None
+        # What transformers calls a block; models from before it has that, or with code of their own, may have none.
+        self.blocks = [module for module in self.trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.packed = self._choose_path()
 
-    def hidden(self, tree: TokenTree, rows_R: Tensor | None = None) -> Tensor:
-        """[T, H], or [R, H] of these rows."""
+    def hidden(self, tree: TokenTree, rows_R: Tensor | None = None, recompute: Recompute | None = None) -> Tensor:
+        """[T, H], or [R, H] of these rows. recompute: how blocks are computed again in backward; None: not at all."""
         if self.packed:
-            return self.run(tree.token_ids, tree.positions, tree_attention.TreeContext(tree.layout), rows_R)
-        hidden_TH = self._padded(tree)
+            context = tree_attention.TreeContext(tree.layout)
+            return self.run(tree.token_ids, tree.positions, context, rows_R, recompute)
+        with modules_again(self.blocks, recompute, self.head.weight.device):
+            hidden_TH = self._padded(tree)
         return hidden_TH if rows_R is None else hidden_TH[rows_R]
 
-    def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None) -> Tensor:
+    def run(
+        self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None,
+        recompute: Recompute | None = None,
+    ) -> Tensor:  # fmt: skip
         """One packed call of the trunk: hidden states [T, H], or [R, H] of these rows. Only where ``packed``."""
         if self.llama is not None:
-            return self.llama.run(token_ids_T, positions_T, context, rows_R)
-        out = self.trunk(input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, fastppo_context=context)
+            return self.llama.run(token_ids_T, positions_T, context, rows_R, recompute)
+        with modules_again(self.blocks, recompute, self.head.weight.device):
+            out = self.trunk(
+                input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, fastppo_context=context
+            )
         hidden_TH = out.last_hidden_state[0]
         return hidden_TH if rows_R is None else hidden_TH[rows_R]
 

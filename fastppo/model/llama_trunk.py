@@ -22,6 +22,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2 import Qwen2Model
 from transformers.models.qwen3 import Qwen3Model
 
+from fastppo.model.recompute import Recompute, again
 from fastppo_kernels import (
     DecoderWeights,
     LoRAProjection,
@@ -51,8 +52,11 @@ class LlamaTrunk:
         """Whether this is such a trunk, with nothing in it that a forward of its own would miss."""
         return type(trunk) in SHAPES and trunk.config.hidden_act == "silu" and not any(map(_is_altered, trunk.modules()))  # type: ignore[union-attr]
 
-    def run(self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None) -> Tensor:
-        """[T, H], or [R, H] of ``rows_R``."""
+    def run(
+        self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None,
+        recompute: Recompute | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[T, H], or [R, H] of ``rows_R``. recompute: how layers are computed again in backward; None: not at all."""
         context.calls += len(self.layers)
         tokens, wanted = len(token_ids_T), None if rows_R is None else len(rows_R)
         multiple = row_multiple(token_ids_T.device, self.trunk.embed_tokens.weight.dtype)
@@ -62,7 +66,9 @@ class LlamaTrunk:
         x_TH = self.trunk.embed_tokens(token_ids_T)
         cos, sin = self.trunk.rotary_emb(x_TH[None], positions_T[None])
         for layer in self.layers[:-1]:
-            x_TH = self._layer(layer, x_TH, cos[0], sin[0], context, tokens, None)
+            run = partial(self._layer, layer, cos=cos[0], sin=sin[0], context=context, tokens=tokens, rows=None)
+            x_TH = run(x_TH) if recompute is None else again(run, x_TH, list(layer.parameters()), recompute)
+        # Of the last layer all is kept: backward begins with it.
         x_TH = self._layer(self.layers[-1], x_TH, cos[0], sin[0], context, tokens, rows_R)
         return _norm(self.trunk.norm, x_TH[: tokens if wanted is None else wanted])
 
@@ -71,7 +77,8 @@ class LlamaTrunk:
     ) -> Tensor:
         """The first ``tokens`` rows are real."""
         attention, mlp = layer.self_attn, layer.mlp
-        attend = partial(context.attend, attention.layer_idx, scale=attention.scaling, window=_window(attention), softcap=None)
+        window = window_of(attention)
+        attend = partial(context.attend, attention.layer_idx, scale=attention.scaling, window=window, softcap=None)
         weights = _weights(layer, x_TH.dtype) if context.folded is None else None
         if weights is not None and not torch.is_autocast_enabled(x_TH.device.type):
             return decoder_layer(x_TH, cos, sin, weights, attend, rows_R=rows, tokens=tokens, fold=True)
@@ -120,7 +127,7 @@ def _is_altered(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-def _window(attention: Any) -> int | None:
+def window_of(attention: Any) -> int | None:
     if isinstance(attention, MistralAttention):  # the same for all layers
         return attention.config.sliding_window
     return getattr(attention, "sliding_window", None)  # Qwen2 and Qwen3 have layers of both kinds, Llama has none

@@ -50,12 +50,11 @@ def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
     return _DTYPES[setting]
 
 
-def load_base(config: Config) -> Base:
-    """The base model and tokenizer that the settings name, on their device, frozen.
+def source_of(config: Config) -> tuple[str, str]:
+    """(folder or hub name of the base model, how messages name it).
 
     Raises:
-        UserError: no such folder, no configuration, weights that are missing, damaged or do not fit, no decoder, no
-            bitsandbytes for 4 bits, a tokenizer that is missing or has no end-of-sequence token.
+        UserError: no such folder, or one without a configuration.
     """
     source = str(MODEL_DIR) if config.model is None else os.path.expanduser(config.model)
     shown = "the built-in model" if config.model is None else f"model {config.model!r}"
@@ -66,14 +65,30 @@ def load_base(config: Config) -> Base:
         raise UserError(f"{shown}: the folder has no config.json; expected a model saved with save_pretrained")
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise UserError(f"{shown}: no such folder")
+    return source, shown
+
+
+def be_quiet() -> None:
+    """Transformers and the hub say what they have to say in exceptions; the rest would be lines between ours."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # without a network its retries log a dozen lines in front of the error
+
+
+def load_base(config: Config) -> Base:
+    """The base model and tokenizer that the settings name, on their device, frozen.
+
+    Raises:
+        UserError: no such folder, no configuration, weights that are missing, damaged or do not fit, no decoder, no
+            bitsandbytes for 4 bits, a tokenizer that is missing or has no end-of-sequence token.
+    """
+    source, shown = source_of(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": dtype}
     if config.dtype == "nf4":
         options |= _in_4_bits(device, dtype)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # without a network its retries log a dozen lines in front of the error
+    be_quiet()
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         with warnings.catch_warnings():
@@ -82,7 +97,7 @@ def load_base(config: Config) -> Base:
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except Exception as error:  # transformers, safetensors and torch each raise kinds of their own for a damaged folder
-        missing_here = "" if folder.is_dir() else "no such folder, and the hub does not give it: "
+        missing_here = "" if Path(source).is_dir() else "no such folder, and the hub does not give it: "
         raise UserError(f"{shown}: cannot be loaded: {missing_here}{first_line(error)}") from error
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise UserError(
@@ -94,7 +109,7 @@ def load_base(config: Config) -> Base:
             f"{shown}: the weights lack {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]!r}; "
             "expected the full weights of a decoder"
         )
-    tokenizer = _load_tokenizer(source, shown, config.trust_remote_code)
+    tokenizer = load_tokenizer(source, shown, config.trust_remote_code)
     model.requires_grad_(False)
     model.eval()
     model.to(device)
@@ -117,7 +132,8 @@ def _in_4_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": nf4.quantisation(dtype), "device_map": {"": place}}
 
 
-def _load_tokenizer(source: str, shown: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, shown: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights. Raises UserError where there is none that answers could be made with."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above

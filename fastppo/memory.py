@@ -1,0 +1,520 @@
+"""The most bytes that a micro-batch's forward and backward have alive at once, counted from sizes alone.
+
+For trunks of Llama's shape this follows `fastppo_kernels.decoder_layer` step by step: a tensor is added where that makes it and
+taken away where it lets it go, so that what comes out is a peak and not a sum. A change of one is a change of the other. Rows
+are tokens of the packed tree; all results are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.model.llama_trunk import FEWEST_PADDED
+from fastppo_kernels import TreeLayout, _attention_cpu, _attention_tiles
+from fastppo_kernels.linear_logprob import chosen_chunk_rows
+
+# A layer's projections, those of one input together.
+GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+# Of so many bytes; float16 takes what bfloat16 does.
+DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides how the same operations are done.
+
+    cuda: by Triton's kernels, else by torch's. itemsize: bytes of the base's numbers. multiple: of rows, to which tokens are
+    padded (`fastppo_kernels.row_multiple`).
+    """
+
+    cuda: bool
+    itemsize: int
+    multiple: int = 1
+
+    @property
+    def folds(self) -> bool:
+        """Whether adapters may be folded into the weights for a product."""
+        return not self.cuda and self.itemsize >= 4
+
+    def padded(self, rows: int, least: int) -> int:
+        return rows if rows < least else rows + -rows % self.multiple
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Widths of a decoder layer; ranks: of its seven projections' adapters, by name (`GROUPS`), 0 for none."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ranks: Mapping[str, int]
+    qk_norm: bool = False
+
+    @property
+    def queries(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def widths(self, name: str) -> tuple[int, int]:
+        """Inputs and outputs of a projection."""
+        out = {"q": self.queries, "k": self.keys, "v": self.keys, "o": self.hidden, "down": self.hidden}.get(name, self.inner)
+        return {"o": self.queries, "down": self.inner}.get(name, self.hidden), out
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention takes besides queries, keys, values, its result and their gradients.
+
+    kept: for backward, a layer. forward, backward: while it runs.
+    """
+
+    kept: int = 0
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens: of the tree. rows: of them, those whose hidden state the head reads. actions: targets of those rows."""
+
+    tokens: int
+    rows: int
+    actions: int
+    attention: Attention = Attention()
+
+
+@dataclass(frozen=True)
+class Head:
+    """The frozen language-model head: rows, and bytes of its numbers."""
+
+    vocab: int
+    itemsize: int
+
+    def chunk_rows(self, cuda: bool) -> int:
+        return chosen_chunk_rows(self.vocab, DTYPES[self.itemsize], not cuda)
+
+    def chunk_bytes(self, cuda: bool, rows: int) -> int:
+        """Of so many rows of logits with what is made of them."""
+        if cuda:  # their gradient is made where they are
+            return rows * self.vocab * self.itemsize
+        return rows * self.vocab * (8 if self.itemsize == 4 else 12)
+
+
+class _Walk:
+    """Bytes alive now and the most there were."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def take(self, *sizes: int) -> None:
+        self.now += sum(sizes)
+        self.most = max(self.most, self.now)
+
+    def drop(self, *sizes: int) -> None:
+        self.now -= sum(sizes)
+
+    def use(self, *sizes: int) -> None:
+        """Alive for a moment."""
+        self.take(*sizes)
+        self.drop(*sizes)
+
+
+class _Trunk:
+    """A layer's forward and backward on a walk."""
+
+    def __init__(self, walk: _Walk, layer: Layer, machine: Machine, batch: Batch, last: bool):
+        self.walk, self.layer, self.machine, self.batch = walk, layer, machine, batch
+        self.rows_asked = last
+        self.tokens = batch.tokens
+        self.padded = machine.padded(batch.tokens, FEWEST_PADDED)
+        # Behind the last layer's attention only the rows go on that somebody reads.
+        self.rows = self.padded
+        if last:
+            self.rows = batch.rows if self.tokens < FEWEST_PADDED else machine.padded(batch.rows, 0)
+
+    def size(self, rows: int, width: int) -> int:
+        return rows * width * self.machine.itemsize
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def norm(self, rows: int, width: int) -> int:
+        """The bytes of a norm's result, which stays."""
+        out = self.size(rows, width)
+        self.walk.take(out)
+        if not self.machine.cuda:
+            # The quotient before the weight; in half precision also a float32 copy and the quotient in float32.
+            self.walk.use(out if self.machine.itemsize == 4 else 8 * rows * width)
+        return out
+
+    def norm_backward(self, rows: int, width: int) -> int:
+        out = self.size(rows, width)
+        self.walk.take(out)
+        if not self.machine.cuda:
+            self.walk.use(out if self.machine.itemsize == 4 else 12 * rows * width)
+        return out
+
+    def _weights(self, group: int, rows: int) -> tuple[int, int]:
+        """(folded weights of a group's product, what is alive besides while they are made); 0 where there are none."""
+        names = GROUPS[group]
+        sizes = {name: self.size(*self.layer.widths(name)) for name in names}
+        if not self.folds(group, rows):
+            return 0, 0
+        adapted = sum(size for name, size in sizes.items() if self.layer.ranks[name])
+        return (adapted, 0) if len(names) == 1 else (sum(sizes.values()), adapted)
+
+    def folds(self, group: int, rows: int) -> bool:
+        widths = (self.layer.widths(name) for name in GROUPS[group])
+        return self.machine.folds and all(rows * (k + n) > k * n for k, n in widths)
+
+    def kept_s(self, group: int, rows: int) -> int:
+        """S = x A^T of a group's adapters, where it is kept for backward."""
+        rank = sum(self.layer.ranks[name] for name in GROUPS[group])
+        return 0 if self.folds(group, rows) else self.size(rows, rank)
+
+    def project(self, group: int, rows: int) -> int:
+        """The bytes of a group's outputs, which stay, as does S."""
+        weights, beside = self._weights(group, rows)
+        self.walk.take(weights, beside)
+        self.walk.drop(beside)
+        out = sum(self.size(rows, self.layer.widths(name)[1]) for name in GROUPS[group])
+        self.walk.take(out, self.kept_s(group, rows))
+        if not self.machine.cuda and not self.folds(group, rows):  # B S, before it is added
+            self.walk.use(max(self.size(rows, self.layer.widths(name)[1]) for name in GROUPS[group]))
+        self.walk.drop(weights)
+        return out
+
+    def project_back(self, group: int, rows: int, need_x: bool) -> int:
+        """The bytes of the input's gradient, which stays; those of the adapters stay too, see `gradients`."""
+        names = GROUPS[group]
+        rank = sum(self.layer.ranks[name] for name in names)
+        s = self.size(rows, rank)
+        grad_x = self.size(rows, self.layer.widths(names[0])[0]) if need_x else 0
+        if not self.folds(group, rows):
+            self.walk.take(s, s)
+            self.walk.take(grad_x, self.gradients(group))
+            self.walk.drop(s, s)
+            return grad_x
+        weights, beside = self._weights(group, rows) if need_x else (0, 0)
+        self.walk.take(weights, beside)
+        self.walk.drop(beside)
+        if need_x:
+            side_by_side = sum(self.size(rows, self.layer.widths(name)[1]) for name in names) if len(names) > 1 else 0
+            self.walk.take(side_by_side, grad_x)
+            self.walk.drop(side_by_side)
+        # S, dS of each adapter and, where there are several, dS side by side.
+        self.walk.take(self.gradients(group))
+        self.walk.use(s, s, s if len(names) > 1 else 0)
+        self.walk.drop(weights)
+        return grad_x
+
+    def gradients(self, group: int) -> int:
+        return sum(4 * self.layer.ranks[name] * sum(self.layer.widths(name)) for name in GROUPS[group])
+
+    # -- the layer -----------------------------------------------------------------------------------------------------
+
+    def forward(self, record: bool) -> int:
+        """Without its input, which is there before. Returns what is kept for backward; the result stays too."""
+        walk, layer, tokens, padded, rows = self.walk, self.layer, self.tokens, self.padded, self.rows
+        size, before = self.size, self.walk.now
+        n = self.norm(padded, layer.hidden)
+        qkv = self.project(0, padded)
+        both, v = size(tokens, layer.queries + layer.keys), size(tokens, layer.keys)
+        before_norms = both if layer.qk_norm else 0
+        if layer.qk_norm:
+            walk.take(before_norms)
+            walk.take(both)
+        walk.take(both)
+        if not self.machine.cuda:
+            walk.use(size(tokens, max(layer.queries, layer.keys)) // 2)
+        if layer.qk_norm:
+            walk.drop(both)
+        copied_v = v if self.folds(0, padded) else 0  # else it is a tensor of its own already
+        walk.take(copied_v)
+        walk.drop(n, qkv if copied_v else size(padded, layer.queries + layer.keys))
+        attended = size(tokens, layer.queries)
+        lse = 4 * tokens * layer.heads
+        walk.take(attended, lse)
+        walk.use(self.batch.attention.forward)
+        walk.take(self.batch.attention.kept if record else 0)
+        inputs = both + (copied_v or size(padded, layer.keys))
+        if not record:
+            walk.drop(inputs, lse)
+        seen = self._seen()
+        walk.take(seen)
+        o = self.project(1, rows)
+        walk.drop(seen)
+        y = size(rows, layer.hidden)
+        walk.use(y, y if self.rows_asked else 0)  # with it the rows of x
+        walk.take(y)
+        m = self.norm(rows, layer.hidden)
+        gate_up = self.project(2, rows)
+        walk.drop(m)
+        h = size(rows, layer.inner)
+        walk.take(h)
+        if not self.machine.cuda:
+            walk.use(h)
+        down = self.project(3, rows)
+        walk.drop(h)
+        z = size(rows, layer.hidden)
+        walk.take(z)
+        walk.drop(o, down)
+        s = sum(self.kept_s(group, padded if group == 0 else rows) for group in range(4))
+        kept = before_norms + inputs + attended + lse + self.batch.attention.kept + y + gate_up + s
+        if not record:
+            walk.drop(walk.now - before - z)
+            return 0
+        assert walk.now - before == kept + z, (walk.now - before, kept + z)
+        return kept
+
+    def _seen(self) -> int:
+        """The output projection's input, where it is a copy of the attention's result."""
+        copied = self.rows_asked or self.padded != self.tokens
+        return self.size(self.rows, self.layer.queries) if copied else 0
+
+    def backward(self, need_x: bool) -> int:
+        """From the result's gradient, which is there before, to that of the input, whose bytes are returned and stay."""
+        walk, layer, tokens, padded, rows, size = self.walk, self.layer, self.tokens, self.padded, self.rows, self.size
+        before, inner, hidden = walk.now, self.size(rows, layer.inner), self.size(rows, layer.hidden)
+        gated = inner if self.machine.cuda else 2 * inner  # silu(g) u, and torch's silu(g)
+        walk.take(gated)
+        grad_h = self.project_back(3, rows, True)
+        walk.take(inner)
+        if not self.machine.cuda:
+            walk.use(inner)
+        walk.take(inner)
+        walk.drop(gated, grad_h)
+        m = self.norm(rows, layer.hidden)
+        grad_m = self.project_back(2, rows, True)
+        walk.drop(2 * inner, m)
+        of_norm = self.norm_backward(rows, layer.hidden)
+        walk.take(hidden)  # dy
+        walk.drop(of_norm)
+        seen = self._seen()
+        walk.take(seen)
+        self.project_back(1, rows, True)
+        walk.drop(seen, grad_m)
+        attended, of_qkv = size(tokens, layer.queries), size(tokens, layer.queries + 2 * layer.keys)
+        walk.take(attended if self.rows_asked else 0)
+        walk.take(of_qkv)
+        walk.use(self.batch.attention.backward)
+        both = size(tokens, layer.queries + layer.keys)
+        walk.take(both)
+        if not self.machine.cuda:
+            walk.use(size(tokens, 2 * layer.head_dim), size(tokens, layer.keys) // 2)
+        walk.drop(both)
+        if layer.qk_norm:
+            walk.use(both, both)
+        walk.take(size(padded, layer.queries + 2 * layer.keys) if padded != tokens else 0)
+        self.norm(padded, layer.hidden)
+        self.project_back(0, padded, need_x)
+        grad_x = self.norm_backward(padded, layer.hidden) if need_x else 0
+        walk.drop(walk.now - before - grad_x)
+        return grad_x
+
+
+def layer_forward(layer: Layer, machine: Machine, batch: Batch) -> int:
+    """The most that is alive in one layer's forward without gradients."""
+    walk = _Walk()
+    _Trunk(walk, layer, machine, batch, False).forward(False)
+    return walk.most
+
+
+def micro_batch(
+    layer: Layer, layers: int, head: Head, machine: Machine, batch: Batch, *,
+    activations: str = "keep", passes: int = 1, chunk: bool = True,
+) -> int:  # fmt: skip
+    """The most bytes alive in forward and backward of one micro-batch, besides parameters and their gradients.
+
+    Args:
+        activations: "keep", "recompute" or "offload", see `fastppo.config.Config.activations`.
+        passes: 2 where the critic has a trunk of its own adapters.
+        chunk: with the head's chunk of logits; without, what the trunk takes is left.
+    """
+    walk = _Walk()
+    again = activations != "keep"
+    trunks = [_Trunk(walk, layer, machine, batch, i == layers - 1) for i in range(layers)]
+    x = trunks[0].size(trunks[0].padded, layer.hidden)
+    tables = 2 * trunks[0].size(trunks[0].padded, layer.head_dim)
+    kept: list[list[int]] = []
+    hidden = trunks[0].size(batch.rows, layer.hidden)
+    for _ in range(passes):
+        kept.append([])
+        walk.take(x, tables)
+        for i, trunk in enumerate(trunks):
+            kept[-1].append(trunk.forward(not again or i == layers - 1))
+            if activations == "offload" and machine.cuda and i < layers - 1:
+                walk.drop(x)
+        trunks[-1].norm(batch.rows, layer.hidden)
+    _head(walk, trunks[-1], head, machine, batch, chunk)
+    walk.take(hidden * (passes - 1))  # the gradient of the critic's own trunk
+    for of_pass in reversed(kept):
+        last = trunks[-1]
+        grad = last.size(last.rows, layer.hidden)
+        walk.drop(hidden)  # the norm's result
+        last.norm_backward(batch.rows, layer.hidden)
+        walk.drop(hidden, grad)  # the gradient of its result, and the result of the last layer
+        walk.take(grad)
+        walk.drop(hidden)
+        for i in range(layers - 1, -1, -1):
+            trunk = trunks[i]
+            result = 0
+            if activations == "offload" and machine.cuda and i < layers - 1:
+                walk.take(x)
+            if again and i < layers - 1:
+                of_pass[i] = trunk.forward(True)
+                result = trunk.size(trunk.rows, layer.hidden)
+            grad_x = trunk.backward(need_x=i > 0)
+            walk.drop(grad, of_pass[i], result, x)
+            grad = grad_x
+        walk.drop(tables)
+    return walk.most
+
+
+def _head(walk: _Walk, last: _Trunk, head: Head, machine: Machine, batch: Batch, chunk: bool) -> None:
+    """Log-probs, loss, and the gradient of the hidden state, which stays."""
+    hidden = last.size(batch.rows, last.layer.hidden)
+    all_rows = machine.padded(batch.rows, machine.multiple)
+    padded = last.size(all_rows, last.layer.hidden)
+    rows = min(head.chunk_rows(machine.cuda), all_rows) if chunk else 0
+    logits = head.chunk_bytes(machine.cuda, rows)
+    if machine.cuda:
+        walk.take(hidden, 4 * batch.rows * last.layer.hidden)
+        walk.use(logits, last.size(rows, last.layer.hidden))
+        walk.drop(4 * batch.rows * last.layer.hidden)
+        return
+    if machine.itemsize == 4:  # the mean of the head's rows, made in the forward
+        copied = padded if padded != hidden else 0
+        walk.take(copied, padded)
+        walk.use(logits, last.size(rows, last.layer.hidden))
+        walk.take(hidden)
+        walk.use(last.size(batch.actions, last.layer.hidden), hidden)
+        walk.drop(copied, padded)
+        return
+    walk.use(logits, last.size(rows, last.layer.hidden))
+    walk.take(hidden)
+
+
+# -- attention ------------------------------------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    """Of a long segment: queries of all heads, keys that they see, and whether there are padded queries among them."""
+
+    queries: int
+    keys: int
+    padded: bool
+
+
+def _tiles(queries: int, above: int, layer: Layer) -> tuple[int, list[_Tile]]:
+    """(keys, tiles) as `_attention_tiles.make_segment` has them, without their masks, which have an entry for each pair."""
+    multiple, each = _attention_tiles.MULTIPLE, layer.heads // layer.kv_heads
+    count = queries + -queries % multiple
+    keys = above + count + -(above + count) % multiple
+    step = min(max(_attention_tiles.MOST_SCORES // (each * keys) // multiple * multiple, multiple), count)
+    tiles = []
+    for start in range(0, queries, step):
+        stop = min(start + step, count)
+        seen = above + stop + -(above + stop) % multiple
+        tiles.append(_Tile(layer.heads * (stop - start), seen, stop > queries))
+    return keys, tiles
+
+
+def cpu_attention(layout: TreeLayout, layer: Layer, machine: Machine, threads: int) -> Attention:
+    """Of the back end `cpu` on this tree, from the calls that it will make (`fastppo_kernels._attention_cpu`)."""
+    tokens, queries, keys = layout.n_queries, 4 * layer.queries, 4 * layer.keys
+    forward, backward = _Walk(), _Walk()
+    kept = 0
+    if machine.itemsize < 4:  # float32 copies of what comes and of the result, which backward wants too
+        forward.take(tokens * (queries + 2 * keys))
+        backward.take(tokens * (2 * queries + 2 * keys))
+        kept += tokens * queries
+    segments, taken = [], set()
+    for number, own, path in _attention_cpu._segments(layout) if machine.multiple > 1 else ():
+        if _attention_tiles.is_long(len(own), len(path) + len(own), layer.heads, layer.kv_heads, layer.head_dim):
+            segments.append(_tiles(len(own), len(path), layer))
+            taken.add(number)
+    if segments:
+        kept += _long(forward, backward, segments, tokens, layer)
+    before = 0, 0  # what the call before gave is there until this one gives something
+    for block in _attention_cpu._blocks(layout, frozenset(taken)):
+        n_q, n_k = (rows.numel() if isinstance(rows, Tensor) else rows.stop - rows.start for rows in block[:2])
+        # Copies, where no slice will do.
+        q, k = (n * isinstance(rows, Tensor) for n, rows in zip((n_q * queries, n_k * keys), block[:2], strict=True))
+        results = n_q * (queries + 4 * layer.heads), n_q * queries + 2 * n_k * keys
+        real = n_q * queries if block.q_place_M is not None else 0
+        inside = threads * _flash_buffer(block, layer.head_dim)
+        forward.take(q, 2 * k, results[0])
+        forward.use(inside)
+        forward.drop(q, 2 * k, before[0])
+        forward.use(real, 0 if block.own else q)
+        backward.take(q)
+        backward.use(q if real else 0, real)
+        backward.take(2 * q, 2 * k, results[1])
+        backward.use(2 * inside)
+        backward.drop(2 * q, 2 * k, before[1])
+        backward.use(real)
+        backward.drop(q)
+        before = results
+    return Attention(kept, forward.most, backward.most)
+
+
+def _flash_buffer(block: _attention_cpu.Block, dim: int) -> int:
+    """What torch's fused kernel takes for a thread: the scores of some queries and keys."""
+    n_q, n_k = (rows.shape[1] if isinstance(rows, Tensor) else rows.stop - rows.start for rows in block[:2])
+    some = 256 if n_q >= 768 else 64 if n_q >= 192 else 32
+    return 4 * min(some, n_q) * (min(512, n_k) + dim)
+
+
+def _long(forward: _Walk, backward: _Walk, segments: Sequence[tuple[int, list[_Tile]]], tokens: int, layer: Layer) -> int:
+    """Of the segments that oneDNN's products take (`fastppo_kernels._attention_tiles`). Returns what is kept."""
+    row, scaled = 4 * layer.head_dim, 4 * tokens * layer.queries
+    scores = sum(4 * tile.queries * tile.keys for _, tiles in segments for tile in tiles)
+    keeps = scores <= _attention_tiles.KEPT_BYTES
+    most = [0, 0]
+    for keys, tiles in segments:
+        own = keys * layer.kv_heads * row
+        for tile in tiles:
+            q, values = tile.queries * row, tile.keys * row
+            of_head = 4 * tile.queries // layer.kv_heads * tile.keys
+            most[0] = max(most[0], 2 * own + 3 * q + of_head + of_head)
+            made = of_head if keeps else 2 * of_head
+            most[1] = max(most[1], 4 * own + 4 * q + (q if tile.padded else 0) + made + values)
+    forward.use(scaled, most[0])
+    backward.use(scaled, max(scaled, most[1]))
+    return scores if keeps else 0
+
+
+def torch_attention(layout: TreeLayout, layer: Layer) -> Attention:
+    """Of the back end `torch` on this tree (`fastppo_kernels._attention_torch`), which a CPU takes where there is a window."""
+    pieces = [(*bucket.q_rows_SQ.shape, bucket.k_rows_SK.shape[1], layout.root) for bucket in layout.buckets]
+    if layout.root > layout.past:
+        pieces.append((1, layout.root - layout.past, layout.root, 0))
+    most = [0, 0]
+    for segments, queries, keys, root in pieces:
+        scores = 4 * segments * queries * layer.heads * (keys + root)
+        q, k = 4 * segments * queries * layer.queries, 4 * segments * keys * layer.keys
+        most[0] = max(most[0], 3 * q + 2 * k + scores)
+        # Scores, probabilities and the scores' gradient; the gradient of the result, and that of the queries.
+        most[1] = max(most[1], 3 * scores + 4 * q + 3 * k)
+    return Attention(0, most[0], most[1])
+
+
+def library_attention(paths: int, tokens: int, layer: Layer, machine: Machine) -> Attention:
+    """Of FlashAttention over gathered keys and values (`fastppo_kernels._attention_varlen`); never measured.
+
+    paths: rows of all segments' root paths together.
+    """
+    keys, wide = paths * layer.keys * machine.itemsize, paths * layer.queries * machine.itemsize
+    grouped = 2 * wide if layer.kv_heads < layer.heads else 0  # gradients by query head, before they are added up
+    sums = 4 * tokens * layer.queries  # of dQ, float32
+    return Attention(0, 2 * keys, 4 * keys + grouped + sums)

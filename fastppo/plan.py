@@ -1,0 +1,172 @@
+"""`fastppo plan`: what a run will take of a device's memory, and the micro-batch chosen for it, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass, replace
+
+import rich.console
+import torch
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fastppo import budget
+from fastppo.batch.encode import encode_prompts
+from fastppo.budget import Budget, Choice, Device, Part, Prompts, Sizes
+from fastppo.config import Config
+from fastppo.errors import UserError, printable
+from fastppo.model.adapters import add_policy
+from fastppo.model.llama_trunk import LlamaTrunk
+from fastppo.model.load import be_quiet, first_line, load_tokenizer, pick_device, pick_dtype, source_of
+from fastppo.tasks import get_task, load_data
+
+WHEN = {"always": "all the time", "update": "in an update", "sampling": "while sampling", "device": "beside tensors"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parts: what is counted. total: bytes, of all that is there all the time and the larger of update and sampling."""
+
+    model: str
+    device: Device
+    dtype: str
+    prompts: Prompts
+    parts: tuple[Part, ...]
+    choice: Choice
+
+    def of(self, when: str) -> int:
+        return sum(part.bytes for part in self.parts if part.when == when)
+
+    @property
+    def total(self) -> int:
+        return self.of("always") + self.of("device") + max(self.of("update"), self.of("sampling"))
+
+
+def plan(config: Config, gpu: str | None, console: rich.console.Console | None) -> int:
+    """Shows the plan as a table, or without a console as one JSON object. gpu: as ``--gpu`` has it; None: the device of here.
+
+    Returns:
+        The exit code: 0 where the run fits, 1 where it does not.
+
+    Raises:
+        UserError: a mistake in the settings, the model's name or configuration, or the GPU's name.
+    """
+    if gpu is not None and config.device == "cpu":
+        raise UserError("--gpu and --device cpu: not both")
+    device = Device.of(pick_device(config.device)) if gpu is None else Device.named(gpu)
+    made = make_plan(config, device)
+    if console is None:
+        sys.stdout.write(json.dumps(as_json(made), indent=2) + "\n")
+    else:
+        show(made, console)
+    return 1 if made.choice.too_much else 0
+
+
+def make_plan(config: Config, device: Device) -> Plan:
+    """The plan of a run on a device that need not be here."""
+    quantised = config.dtype == "nf4"
+    dtype = pick_dtype("auto" if quantised else config.dtype, torch.device(device.kind))
+    model, shown = shapes(config, dtype)
+    llama = LlamaTrunk.suits(model.base_model)
+    sizes = budget.sizes_of(add_policy(model, config), llama=llama, nf4=quantised)
+    prompts, unknown = read_prompts(config, sizes)
+    counted = Budget(sizes, config, device, prompts)
+    choice = counted.choose()
+    choice = replace(choice, notices=(*unknown, *choice.notices))
+    update = counted.update(choice.tokens, choice.activations)
+    parts = [*counted.fixed(), *update, *counted.sampling(choice.tokens)]
+    if device.cuda:
+        how = "context, loaded kernels, gaps between the allocator's blocks"
+        parts.append(Part("CUDA", "device", device.memory - device.usable, how))
+    numbers = config.dtype if quantised else str(dtype).removeprefix("torch.")
+    return Plan(shown, device, numbers, prompts, tuple(parts), choice)
+
+
+def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, tuple[str, ...]]:
+    """(what is known of the run's prompts, a line on why that is only what the settings allow).
+
+    Of data on this disk, by the model's tokenizer; nothing is downloaded for it but that.
+
+    Raises:
+        UserError: a mistake in the data, or in the task's name.
+    """
+    allowed = Prompts.longest_allowed(sizes, config)
+    task, why = get_task(config.task), ""
+    if config.data is not None and not os.path.exists(os.path.expanduser(config.data)):
+        why = f"data {config.data!r} is not on this disk"
+    else:
+        try:
+            tokenizer = load_tokenizer(*source_of(config), config.trust_remote_code)
+        except UserError as error:
+            why = str(error)
+    if why:
+        each = f"each is counted with {allowed.longest:,} tokens (--max-prompt-tokens)"
+        return allowed, (f"prompts are not known ({why}): {each}",)
+    data = load_data(task, config.data, config.seed)
+    name = "--max-prompt-tokens, and what the model's positions leave"
+    examples = [*data.train, *data.dev]
+    return Prompts.of(encode_prompts(tokenizer, task, examples, limit=allowed.longest, limit_name=name)), ()
+
+
+def shapes(config: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
+    """(the base model on the device `meta`, where tensors have shapes and no numbers; how messages name it).
+
+    Raises:
+        UserError: no configuration, or none of a decoder.
+    """
+    source, shown = source_of(config)
+    be_quiet()
+    remote = {"trust_remote_code": config.trust_remote_code}
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **remote), dtype=dtype, **remote)
+    except Exception as error:  # transformers raises kinds of its own for every damage
+        raise UserError(f"{shown}: its configuration cannot be used: {first_line(error)}") from error
+    model.requires_grad_(False)
+    return model, shown
+
+
+def as_json(plan: Plan) -> dict[str, object]:
+    """What ``--json`` writes; sizes in bytes."""
+    return {
+        "model": plan.model,
+        "device": {"name": plan.device.name, "kind": plan.device.kind, "memory": plan.device.memory},
+        "dtype": plan.dtype,
+        "prompts": plan.prompts._asdict(),
+        "fits": not plan.choice.too_much,
+        "micro_batch_tokens": plan.choice.tokens,
+        "activations": plan.choice.activations,
+        "total": plan.total,
+        "parts": [part._asdict() for part in plan.parts],
+        "notices": [*plan.choice.notices, *plan.choice.too_much],
+    }
+
+
+def show(plan: Plan, console: rich.console.Console) -> None:
+    where = f"{plan.device.name} with {budget.size(plan.device.memory)}"
+    console.print(Text(printable(f"{plan.model}, {plan.dtype}, on {where}")), soft_wrap=True)
+    longest, shared, mean = plan.prompts
+    of_data = "" if mean is None else f", {mean:,.0f} in the mean, of which all share {shared:,}"
+    console.print(Text(f"prompts of up to {longest:,} tokens{of_data}"), soft_wrap=True)
+    table = Table()
+    for heading in ("", "", "at most"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading else "left")
+    table.add_column("how it is counted")
+    for when, title in WHEN.items():
+        for i, part in enumerate(part for part in plan.parts if part.when == when):
+            table.add_row(*map(Text, (title if i == 0 else "", part.name, budget.size(part.bytes), part.how)))
+        table.add_section()
+    whole = "all the time, and the larger of update and sampling"
+    table.add_row(*map(Text, ("", "total", budget.size(plan.total), whole)), style="bold")
+    console.print(table)
+    choice = plan.choice
+    console.print(Text(f"micro-batch: {choice.tokens:,} tokens of the tree, activations: {choice.activations}"))
+    for line in (*choice.notices, *choice.too_much):
+        console.print(Text(printable(line)), soft_wrap=True)
+    does, style = ("it does not fit", "bold red") if choice.too_much else ("it fits", "green")
+    console.print(Text(does, style=style))

@@ -1,0 +1,209 @@
+"""What is counted of a run beside what a loaded model has; the micro-batch that is chosen; what is said where nothing fits."""
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from engine import make_config, make_model, random_ids
+from tiny import KINDS
+
+from fastppo import budget, plan
+from fastppo.algorithms.optim import make_optimizer, optimizer_state
+from fastppo.budget import GIB, Budget, Device, Prompts
+from fastppo.config import Config, PpoConfig, SampleConfig
+from fastppo.errors import UserError
+from fastppo.memory import Layer
+from fastppo.model.actor_critic import CRITIC, POLICY, REFERENCE
+from fastppo.model.adapters import add_policy
+from fastppo.model.llama_trunk import LlamaTrunk
+from fastppo.model.load import pick_dtype
+from fastppo.rollout.decoder import PackedDecoder
+
+CPU = Device("cpu", 16 * GIB, "the CPU")
+
+
+def parts_of(config: Config) -> dict[str, int]:
+    """By name, of the configuration alone."""
+    model, _ = plan.shapes(config, pick_dtype(config.dtype, torch.device("cpu")))
+    llama = LlamaTrunk.suits(model.base_model)
+    sizes = budget.sizes_of(add_policy(model, config), llama=llama)
+    run = Budget(sizes, config, CPU, Prompts.longest_allowed(sizes, config))
+    return {part.name: part.bytes for part in (*run.fixed(), *run.update(256, "keep"), *run.sampling(64))}
+
+
+def bytes_of(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_there_all_the_time_is_what_a_loaded_model_has(kind, dtype):
+    config = make_config(kind, dtype=dtype, value__trunk="own")
+    parts = parts_of(config)
+    model = make_model(kind, dtype=dtype, value__trunk="own")
+    model.freeze_reference()
+    assert parts["base"] == bytes_of(p for name, p in model.base.model.named_parameters() if "lora_" not in name)
+    assert parts["policy"] == bytes_of(model.adapter_tensors(POLICY).values())
+    assert parts["reference"] == bytes_of(model.adapter_tensors(REFERENCE).values())
+    assert parts["critic"] == bytes_of(model.adapter_tensors(CRITIC).values()) + bytes_of(model.value_head.parameters())
+    assert parts["gradients"] == bytes_of(model.trainable())
+    optimizer = make_optimizer(model.trainable(), 1e-3, 1e-5)
+    for parameter in model.trainable():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [tensor for name, tensor in optimizer_state(optimizer).items() if not name.endswith("step")]
+    assert parts["optimizer"] == bytes_of(moments)
+
+
+def test_only_what_a_run_has_is_counted():
+    parts = parts_of(make_config("llama", ppo__reference="base"))
+    model = make_model("llama")
+    assert "reference" not in parts and parts["critic"] == bytes_of(model.value_head.parameters())
+    assert "reference" not in parts_of(make_config("llama", ppo__kl_coef=0)) and "reference" in parts_of(make_config("llama"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
+def test_the_cache_is_that_of_the_longest_prompts(kind):
+    """Prompts of the most tokens with nothing in common."""
+    model = make_model(kind, max_prompt_tokens=9, sample__max_new_tokens=5, sample__slots=6, ppo__samples=2)
+    prompts = [[3 + i, *random_ids(random.Random(i), 8)] for i in range(3)]
+    decoder = PackedDecoder(model.backbone, prompts, 6, 5, 64)
+    with torch.no_grad():
+        decoder.admit(prompts, [2, 2, 2])
+    assert parts_of(model.config)["KV cache"] == bytes_of(tensor for layer in decoder.own for tensor in layer)
+
+
+def test_weights_that_the_sampler_folds_are_counted():
+    model = make_model("llama", sample__max_new_tokens=8)
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    decoder = PackedDecoder(model.backbone, prompts, 2, 8, 64)
+    with torch.no_grad():
+        decoder.admit(prompts, [1, 1])
+        decoder.step(torch.tensor([5, 6]))
+    assert decoder.folded
+    folded = bytes_of(each[0] for each in decoder.folded.values() if each is not None)
+    assert parts_of(model.config)["folded weights"] == folded
+    assert "folded weights" not in parts_of(make_config("llama", sample__max_new_tokens=7))
+
+
+def test_four_bits_a_weight():
+    model, _ = plan.shapes(make_config("llama"), torch.bfloat16)
+    numbers = sum(p.numel() for p in model.base_model.layers.parameters() if p.ndim == 2)
+    others = sum(p.numel() for p in model.parameters()) - numbers
+    sizes = budget.sizes_of(add_policy(model, make_config("llama")), llama=True, nf4=True)
+    assert sizes.linear == numbers and sizes.base == 2 * others + numbers // 2 + 4 * (numbers // 64)
+
+
+# -- choosing -------------------------------------------------------------------------------------------------------------
+
+
+RANKS = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 16)
+# Llama 3 8B in bfloat16.
+LAYER = Layer(hidden=4096, inner=14336, heads=32, kv_heads=8, head_dim=128, ranks=RANKS)
+EIGHT = budget.Sizes(
+    base=16_060_522_496, linear=6_979_321_856, adapter=41_943_040, vocab=128256, hidden=4096, layers=32, layer=LAYER,
+    outputs=32 * (4096 * 3 + 2 * 1024 + 2 * 14336), cache=2 * 32 * 1024, positions=8192, itemsize=2, blocks=True,
+)  # fmt: skip
+SHORT = Config(max_prompt_tokens=128, sample=SampleConfig(slots=64))
+
+
+def of(device: Device, config: Config = SHORT, sizes: budget.Sizes = EIGHT) -> Budget:
+    return Budget(sizes, config, device, Prompts.longest_allowed(sizes, config))
+
+
+@pytest.mark.parametrize("name", budget.GPUS)
+def test_the_largest_micro_batch_that_fits(name):
+    device = Device.named(name)
+    counted = of(device)
+    choice = counted.choose()
+    assert not choice.too_much and counted.takes(choice.tokens, choice.activations) <= counted.room
+    assert 0 < choice.tokens <= 8192 and choice.tokens % 256 == 0
+    larger = counted.takes(choice.tokens + 256, choice.activations)
+    assert choice.tokens == 8192 or larger > counted.room
+    if choice.activations == "recompute":  # then too little would be left where they were kept
+        assert counted.takes(2048, "keep") > counted.room and "blocks are computed again" in choice.notices[0]
+
+
+def test_more_memory_allows_more():
+    choices = [of(Device.named(f"{size}GiB")).choose() for size in (20, 24, 40, 80, 200)]
+    modes, tokens = [choice.activations for choice in choices], [choice.tokens for choice in choices]
+    assert modes[0] == "recompute" and modes[-1] == "keep" and modes == sorted(modes, reverse=True)
+    assert tokens[-1] == 8192 and not any(choice.too_much for choice in choices[1:])
+
+
+def test_the_settings_have_the_last_word():
+    large, small = Device.named("h200"), Device.named("24GiB")
+    for mode in ("keep", "recompute", "offload"):
+        assert of(large, replace(SHORT, activations=mode)).choose().activations == mode
+    fixed = of(large, replace(SHORT, micro_batch_tokens=300)).choose()
+    assert (fixed.tokens, fixed.activations, fixed.notices) == (300, "keep", ())
+    again = of(small, replace(SHORT, micro_batch_tokens=4096)).choose()
+    assert (again.tokens, again.activations) == (4096, "recompute")
+
+
+def test_less_is_alive_where_blocks_are_computed_again_and_least_where_their_inputs_are_elsewhere():
+    device = Device.named("h200")
+    modes = ("keep", "recompute", "offload")
+    sums = [of(device).takes(4096, mode) for mode in modes]
+    assert sums[0] > 3 * sums[1] and sums[1] - sums[2] == pytest.approx(30 * 4096 * 4096 * 2, rel=0.1)
+
+
+def test_an_architecture_without_blocks_keeps_what_it_needs():
+    other = replace(EIGHT, layer=None, blocks=False)
+    choice = of(Device.named("h200"), replace(SHORT, activations="recompute"), other).choose()
+    assert choice.activations == "keep" and "no blocks" in choice.notices[0]
+    assert of(Device.named("24GiB"), sizes=other).choose().activations == "keep"
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "words"),
+    [
+        (SHORT, "12GiB", ["base, adapters and optimizer take 15.7 GiB", "--model"]),
+        (replace(SHORT, sample=SampleConfig(slots=4096)), "24GiB", ["sampling takes", "--sample-slots"]),
+        (replace(SHORT, max_prompt_tokens=8000), "19GiB", ["a micro-batch takes", "shorten prompts of up to 8,000 tokens"]),
+        (replace(SHORT, micro_batch_tokens=100_000, ppo=PpoConfig(prompts=4000)), "24GiB", ["lower --micro-batch-tokens"]),
+        (replace(SHORT, micro_batch_tokens=8192, activations="keep"), "24GiB", ["or give --activations recompute"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_and_what_to_change(config, gpu, words):
+    choice = of(Device.named(gpu), config).choose()
+    said = " ".join(choice.too_much)
+    assert choice.tokens >= 1 and all(word in said for word in words), said
+    assert not any("\n" in line for line in choice.too_much)
+
+
+def test_fewer_slots_as_advised_do_fit():
+    config = replace(SHORT, sample=SampleConfig(slots=4096))
+    device = Device.named("24GiB")
+    [line] = [line for line in of(device, config).choose().too_much if "--sample-slots" in line]
+    slots = int(re.search(r"--sample-slots to ([\d,]+)", line)[1].replace(",", ""))
+    assert 0 < slots < 4096 and not of(device, replace(SHORT, sample=SampleConfig(slots=slots))).choose().too_much
+    assert of(device, replace(SHORT, sample=SampleConfig(slots=slots * 5 // 4))).choose().too_much
+
+
+def test_a_group_larger_than_the_micro_batch_must_fit_too():
+    """It gets a micro-batch of its own."""
+    device = Device.named("20GiB")
+    config = replace(SHORT, max_prompt_tokens=6000, sample=SampleConfig(slots=16))
+    counted = of(device, config)
+    choice = counted.choose()
+    assert counted.group == 6000 + 4 * 3 > choice.tokens and "a micro-batch takes" in choice.too_much[0]
+
+
+def test_gpus_by_name_and_by_size():
+    assert Device.named("A100-80").memory == int(79.1 * GIB) and Device.named("A100-80").cuda
+    assert Device.named("24GiB").memory == 24 * GIB and Device.named("1.5 gib").memory == 3 * GIB // 2
+    assert Device.named("24GB").memory == 24 * 10**9
+    for text in ("a100", "", "0GiB", "-1GiB", "24", "24 TiB", "1e3GiB"):
+        with pytest.raises(UserError, match="--gpu: .* is not allowed; expected one of l4, .*, or a size such as 24GiB"):
+            Device.named(text)
+
+
+def test_training_takes_what_was_chosen(monkeypatch):
+    assert make_model("llama").activations == "keep" and make_model("llama").micro_batch_tokens == 2048
+    monkeypatch.setattr(budget, "memory_of_host", lambda: (200_000, None))
+    model = make_model("llama")
+    assert model.activations == "recompute" and model.micro_batch_tokens == 2048 and model.notices
+    assert make_model("llama", activations="keep").activations == "keep"

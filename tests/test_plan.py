@@ -1,0 +1,106 @@
+"""`fastppo plan`: the table, the JSON object, the exit codes, and that no weight is looked at."""
+
+import json
+
+import pytest
+from small import World
+from tiny import save_tiny_model
+
+from fastppo import cli
+
+
+def planned(capsys, world: World, *argv: str) -> tuple[int, str]:
+    status = cli.main(["plan", "--data", str(world.data), *argv])
+    said = capsys.readouterr()
+    assert said.err == ""
+    return status, said.out
+
+
+def test_the_table_names_every_part_and_the_micro_batch(world: World, capsys):
+    status, out = planned(capsys, world, "--model", str(world.model), "--gpu", "a100-80")
+    assert status == 0
+    for word in ("base", "policy", "reference", "critic", "gradients", "optimizer", "activations", "logits chunk", "KV cache",
+                 "CUDA", "total", "bfloat16", "on a100-80 with 79.1 GiB", "micro-batch: 8,192 tokens", "it fits"):  # fmt: skip
+        assert word in out, word
+
+
+def test_the_json_object_has_the_same(world: World, capsys):
+    status, out = planned(capsys, world, "--model", str(world.model), "--gpu", "24GiB", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["fits"] is True and found["notices"] == []
+    assert found["device"] == {"name": "a GPU of 24GiB", "kind": "cuda", "memory": 24 << 30}
+    assert (found["micro_batch_tokens"], found["activations"], found["dtype"]) == (8192, "keep", "bfloat16")
+    sums = {when: sum(part["bytes"] for part in found["parts"] if part["when"] == when)
+            for when in ("always", "device", "update", "sampling")}  # fmt: skip
+    assert found["total"] == sums["always"] + sums["device"] + max(sums["update"], sums["sampling"]) > 0
+    assert all(part["bytes"] >= 0 and part["how"] for part in found["parts"])
+
+
+def test_without_a_name_it_is_the_device_of_training(world: World, capsys):
+    found = json.loads(planned(capsys, world, "--model", str(world.model), "--device", "cpu", "--json")[1])
+    assert (found["device"]["kind"], found["micro_batch_tokens"], found["dtype"]) == ("cpu", 2048, "float32")
+    built_in = json.loads(planned(capsys, world, "--device", "cpu", "--json")[1])
+    assert built_in["model"] == "the built-in model" and built_in["parts"][0]["bytes"] > found["parts"][0]["bytes"]
+
+
+def test_settings_come_from_flags_and_files(world: World, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(f"model: {world.model}\nmicro_batch_tokens: 300\n")
+    argv = ["--config", str(tmp_path / "a.yaml"), "--lora-rank", "3", "--gpu", "l4", "--json"]
+    found = json.loads(planned(capsys, world, *argv)[1])
+    assert found["micro_batch_tokens"] == 300
+    policy = next(part for part in found["parts"] if part["name"] == "policy")
+    assert "of rank 3" in policy["how"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mpt"])
+def test_the_configuration_alone_is_enough(kind, world: World, tmp_path, capsys):
+    """Then prompts are not known."""
+    folder = save_tiny_model(kind, tmp_path / kind)
+    whole = json.loads(planned(capsys, world, "--model", str(folder), "--gpu", "h200", "--json")[1])
+    assert 9 < whole["prompts"]["mean"] <= whole["prompts"]["longest"] < 200 and 0 < whole["prompts"]["shared"] < 200
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    alone = json.loads(planned(capsys, world, "--model", str(folder), "--gpu", "h200", "--json")[1])
+    longest = 508 if kind == "llama" else 1024  # what the model's positions leave, where it says how many it has
+    assert alone["prompts"] == {"longest": longest, "shared": 0, "mean": None}
+    assert "prompts are not known (" in alone["notices"][0] and alone["total"] > whole["total"]
+    fixed = [[part for part in found["parts"] if part["when"] == "always"] for found in (whole, alone)]
+    assert fixed[0] == fixed[1] and fixed[0][0]["bytes"] > 0
+    assert ("roughly" in str(alone)) is (kind == "mpt")
+
+
+def test_what_does_not_fit_ends_with_1_and_says_what_to_change(world: World, capsys):
+    status, out = planned(capsys, world, "--model", str(world.model), "--gpu", "1.1GiB", "--sample-slots", "400000")
+    assert status == 1 and "it does not fit" in out and "--sample-slots to" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--gpu", "a100"], "--gpu: 'a100' is not allowed; expected one of l4, "),
+        (["--gpu", "l4", "--device", "cpu"], "--gpu and --device cpu: not both"),
+        (["--model", "/no/such/model"], "model '/no/such/model': no such folder"),
+        (["--lora-targets", "q_prj"], "--lora-targets: 'q_prj'"),
+        (["--ppo-lr", "-1"], "--ppo-lr: '-1' is not allowed"),
+        (["--ppo-lrr", "1"], "plan: unknown flag --ppo-lrr; did you mean --ppo-lr"),
+        (["--resume", "x"], "plan: unknown flag --resume"),
+        (["--activations", "drop"], "--activations: 'drop' is not allowed; expected one of auto, keep, recompute, offload"),
+    ],
+)
+def test_mistakes_are_one_line_and_2(argv, expected, capsys):
+    assert cli.main(["plan", *argv]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"fastppo: error: {expected}") and said.err.count("\n") == 1
+
+
+def test_a_damaged_configuration_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert cli.main(["plan", "--model", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"fastppo: error: model {str(tmp_path)!r}: its configuration cannot be used: ")
+
+
+def test_data_that_is_not_here_is_not_fetched(world: World, capsys):
+    argv = ["--model", str(world.model), "--gpu", "l4", "--json", "--data", "nyu-mll/glue:cola"]
+    found = json.loads(planned(capsys, world, *argv)[1])
+    assert found["prompts"]["mean"] is None and "'nyu-mll/glue:cola' is not on this disk" in found["notices"][0]
