@@ -94,7 +94,7 @@ def test_the_peak_is_counted_within_a_tenth(kind, rank, shape, tokens, activatio
     ("kind", "settings"),
     [
         ("builtin", {"value__trunk": "own"}),
-        ("builtin", {"value__detach": True}),
+        ("builtin", {"value__trunk": "detached"}),
         ("builtin", {"lora__targets": "q_proj,v_proj"}),
         ("builtin", {"ppo__entropy_coef": 0.01}),
         ("mistral", {}),  # its window is the back end torch's
