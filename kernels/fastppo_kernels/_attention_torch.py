@@ -1,4 +1,4 @@
-"""Attention over a packed tree in plain torch: the definition, and what runs on the CPU.
+"""Attention over a packed tree in plain torch: the definition, and what runs on the CPU; and where decoding chooses its form.
 
 Two things keep it quick where the same tokens are everyone's prefix: keys of the *root* (the rows that start every segment's
 path, typically the instruction text) are multiplied once for all queries and never gathered, and only the short rest of
@@ -16,8 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from ._attention_layout import Bucket, TreeLayout, hidden, layout_of
 from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
+from ._dispatch import Backend, use_triton
 from ._gather import add_rows_
 from ._products import no_autocast
+
+# Entries of a head for which `decode_attention` has kernels.
+_WIDEST = 256
 
 
 def root_and_own_attention(
@@ -321,6 +325,7 @@ def decode_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """One new token per sequence attends to a prefix that all sequences share and to its own cached tokens.
 
@@ -331,6 +336,11 @@ def decode_attention(
             ignored.
         lengths: [B] int64 or int32, filled places of each sequence's own cache, the new token included: from 1 to K.
         scale, window, softcap: as in ``attention``.
+        backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. float64, heads whose sizes
+            are no multiples of 8 up to 256, and inputs that want a gradient always take the torch form. The Triton form reads
+            keys and values where they lie, but copies tensors first whose rows do not begin at multiples of 16 bytes; it
+            rounds the probabilities to the dtype of the values, as FlashAttention does. What it gives a sequence does not
+            depend, to the bit, on the others.
 
     Returns:
         [B, H, Dv] in q's dtype. Not differentiable in place of ``attention``: meant for sampling.
@@ -344,6 +354,9 @@ def decode_attention(
     root, dtype, (batch, heads, dim), kv_heads = k_root.shape[0], q.dtype, q.shape, k_own.shape[1]
     work = accumulate_dtype(dtype)
     scale = dim**-0.5 if scale is None else scale
+    if use_triton(q, backend) and _has_kernel(q, k_root, v_root, k_own, v_own):
+        run = _decode_op if torch.compiler.is_compiling() else _decode
+        return run(q, k_root, v_root, k_own, v_own, lengths, scale, window, softcap)
     places = torch.arange(k_own.shape[2], device=q.device)
     hide_root = None
     if window is None:
@@ -363,6 +376,39 @@ def decode_attention(
         if root:
             out += _by_root(p[..., :root], roots[1])
     return out.flatten(1, 2).to(dtype)
+
+
+def _has_kernel(q: Tensor, *keys_and_values: Tensor) -> bool:
+    """Whether the Triton form of `decode_attention` takes these."""
+    tensors = (q, *keys_and_values)
+    if q.dtype == torch.float64 or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return False
+    return all(0 < x.shape[-1] <= _WIDEST and x.shape[-1] % 8 == 0 for x in tensors)
+
+
+def _decode(
+    q: Tensor,
+    k_root: Tensor,
+    v_root: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    from . import _triton_decode
+
+    return _triton_decode.decode(q, k_root, v_root, k_own, v_own, lengths, scale, window, softcap)
+
+
+# For torch.compile, as above.
+_decode_op = torch.library.custom_op("fastppo_kernels::decode_attention", mutates_args=())(_decode)
+
+
+@_decode_op.register_fake
+def _(q: Tensor, k_root: Tensor, v_root: Tensor, *others: Tensor | float | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v_root.shape[2])
 
 
 def _check_decode(q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_own: Tensor, lengths: Tensor) -> None:
