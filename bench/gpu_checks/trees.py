@@ -1,5 +1,6 @@
 """Cases of attention over a tree of shared prefixes, through every back end that is usable here."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from .case import Case, Inputs, Results, randint, randn
 _HALF = (torch.bfloat16, torch.float16)
 # Libraries round the probabilities, and in backward the scores' gradients too; the torch form keeps both in float32.
 _ROUNDINGS = 4
+# The probabilities alone, which the torch form of decoding keeps in float32.
+_PROBABILITIES = 2
 # Lengths on the host are what these work with: no graph can hold that.
 _LOOKS_AT_LENGTHS = ("xformers", "sdpa")
 
@@ -73,16 +76,64 @@ def _cache(
     }
 
 
+def _far_cache(device: torch.device, dtype: torch.dtype, seed: int, *, far: int) -> Inputs:
+    """Sequences whose keys, and whose values, begin `far` entries from each other: the third where 32 bits would end."""
+    inputs = _cache(device, dtype, seed, batch=3, root=0, places=300, heads=8, kv_heads=2, dim=64)
+    size = inputs["k_own"][0].numel()
+    memory = torch.empty(2 * far + 2 * size, dtype=dtype, device=device)
+    for place, name in enumerate(("k_own", "v_own")):
+        x = inputs[name]
+        inputs[name] = memory.as_strided(x.shape, (far, *x.stride()[1:]), place * size).copy_(x)
+    return inputs
+
+
 def _decode(inputs: Inputs, backend: Any, **how) -> Results:
-    """It has one form: what it must not do is wait for the host."""
-    return {"out": decode_attention(**inputs, **how)}
+    return {"out": decode_attention(**inputs, **how, backend=backend)}
+
+
+def _alone(inputs: Inputs, backend: Any) -> Results:
+    """What every eighth sequence gets beside the others, less what it gets alone with a cache of its length: 0, exactly."""
+    some = slice(0, None, 8)
+    if backend == "torch":  # whose products are those of a library
+        return {"difference": torch.zeros_like(inputs["q"][some])}
+    alone = []
+    for i, filled in [*enumerate(inputs["lengths"].tolist())][some]:
+        own = {name: inputs[name][i : i + 1, :, :filled] for name in ("k_own", "v_own")}
+        own |= {name: inputs[name][i : i + 1] for name in ("q", "lengths")}
+        alone.append(decode_attention(**inputs | own, backend=backend))
+    return {"difference": decode_attention(**inputs, backend=backend)[some] - torch.cat(alone)}
+
+
+def _decoding() -> list[Case]:
+    usual = {"heads": 28, "kv_heads": 4, "dim": 128}
+    small = {"batch": 3, "heads": 4, "kv_heads": 2, "dim": 16}
+    cache, small_cache = partial(_cache, batch=256, root=80, places=128, **usual), partial(_cache, root=5, places=7, **small)
+    long, small_long = partial(_cache, batch=9, root=3000, places=5000, **usual), partial(_cache, root=300, places=300, **small)
+    wide = partial(_cache, batch=64, root=0, places=700, heads=40, kv_heads=2, dim=256)
+    small_wide = partial(_cache, batch=3, root=0, places=7, heads=40, kv_heads=2, dim=24)
+
+    def case(name: str, make: Any, smaller: Any, **how) -> Case:
+        return Case(
+            f"decode_attention {name}", ("decode_attention",), make, partial(_decode, **how), (), smaller,
+            roundings=_PROBABILITIES,
+        )  # fmt: skip
+
+    # Small without a root: the interpreter's products sum up a row by where in its tile it lies.
+    small_alone = partial(_cache, root=0, places=300, **small | {"batch": 9})
+    far = case("more than 2^31 entries", partial(_far_cache, far=2**30), partial(_far_cache, far=2**17))
+    return [
+        case("256 x (80 + 128)", cache, small_cache),
+        case("256 x (80 + 128), window", cache, small_cache, window=5),
+        case("9 x (3000 + 5000), window, softcap", long, small_long, window=4000, softcap=10.0),
+        case("64 x 700, 20 heads a key", wide, small_wide),
+        replace(far, dtypes=_HALF, gibibytes=10),
+        replace(case("256 x (80 + 128), beside others", cache, small_alone), forward=_alone, checks=("error",)),
+    ]
 
 
 def cases() -> list[Case]:
     large = partial(_tree, root=80, prompts=16, prompt=40, answers=8, answer=30)
     small = partial(_tree, root=5, prompts=2, prompt=3, answers=2, answer=4, heads=4, dim=16)
-    cache = partial(_cache, batch=256, root=80, places=128, heads=28, kv_heads=4, dim=128)
-    small_cache = partial(_cache, batch=3, root=5, places=7, heads=4, kv_heads=2, dim=16)
     found = [
         Case(
             "tree_attention, chosen back end",
@@ -94,16 +145,7 @@ def cases() -> list[Case]:
             checks=("error", "determinism"),
             roundings=_ROUNDINGS,
         ),
-        Case("decode_attention 256 x (80 + 128)", ("decode_attention",), cache, _decode, (), small_cache),
-        Case(
-            "decode_attention, window",
-            ("decode_attention",),
-            cache,
-            partial(_decode, window=5),
-            (),
-            small_cache,
-            checks=("error", "determinism", "graph"),  # its mask is written into a view that torch.compile cannot make
-        ),
+        *_decoding(),
     ]
     for name, usable in attention_backends().items():
         if usable != "usable" or name == "torch":
