@@ -141,6 +141,15 @@ def test_a_long_root_is_cut_in_few_parts_and_a_tile_holds_many_sequences():
         assert_right(cache(9, 900, 5, heads=6, kv_heads=2, dim=16), window=600)
 
 
+@pytest.mark.parametrize("window", [1, 17, 40, 75])
+def test_a_window_that_ends_in_the_cache_or_in_the_root(window):
+    inputs = cache(4, 48, 70, heads=3, kv_heads=1, dim=16)
+    inputs["lengths"] = torch.tensor([1, 33, 64, 70], device=DEVICE)
+    inputs["k_own"], inputs["v_own"] = torch.randn(2, *inputs["k_own"].shape, device=DEVICE)
+    with small_parts():
+        assert_right(inputs, window=window)
+
+
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("root", "window"), [(0, None), (40, None), (40, 30)])
 def test_what_lies_behind_the_lengths_changes_no_bit(root, window, index):
