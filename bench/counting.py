@@ -144,6 +144,8 @@ class Counter(TorchDispatchMode):
                 continue
             inputs[storage_of(tensor)] = tensor
             changed = argument.alias_info is not None and argument.alias_info.is_write
+            if packet is aten._fused_adamw_ and argument.name == "grads":  # changed only where a scaler is given
+                changed = False
             written += size_of(tensor) if changed else 0
             place = storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
             if place not in seen and not (changed and (argument.is_out or packet in _UNREAD)):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastppo import __version__, config, files
-from fastppo.errors import Interrupted, UserError, printable
+from fastppo.errors import Interrupted, UserError, is_out_of_memory, printable
 
 EXIT_USER_ERROR = 2
 
@@ -251,6 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         return _say(f"error: {error}", EXIT_USER_ERROR)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        first = " ".join(str(error).split())[:240]
+        return _say(f"error: out of memory ({first}); fastppo plan says what a run takes", EXIT_USER_ERROR)
     except Interrupted as stop:
         return _say(str(stop), 128 + stop.signum)
     except KeyboardInterrupt:

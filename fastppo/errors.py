@@ -1,6 +1,15 @@
 """The two exceptions that the command line turns into one clear line."""
 
+import re
 import signal
+
+# What torch, Triton, CUDA and its libraries say where they raise a plain RuntimeError. cuBLAS calls a handle that found no
+# memory not initialised.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|"
+    "CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 
 class UserError(Exception):
@@ -20,6 +29,14 @@ class Interrupted(BaseException):
     def __init__(self, signum: int, how_to_go_on: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}" + (f"; {how_to_go_on}" if how_to_go_on else ""))
         self.signum = signum
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the host's memory did not suffice. Python's MemoryError, and torch's errors by name: torch need not
+    be imported for that."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def printable(text: str) -> str:

@@ -70,7 +70,8 @@ class State:
     best_reward: float | None = None
     checkpoints: int = 0
     records: dict[str, int] = field(default_factory=dict)
-    halvings: int = 0  # of the micro-batch
+    most_tokens: int | None = None  # of a micro-batch, and
+    most_slots: int | None = None  # of sequences sampled at a time, since memory ran out
     fingerprint: str = ""
 
 
@@ -322,7 +323,9 @@ class Trainer:
         except Interrupted:
             self._save()
             raise
-        if last or state.step % self.config.checkpoint_every == 0:
+        # Where memory ran out, a run that is resumed must compute in the same pieces from here on.
+        shrunk = (state.most_tokens, state.most_slots) != (self.model.most_tokens, self.model.most_slots)
+        if last or shrunk or state.step % self.config.checkpoint_every == 0:
             self._save()
 
     def _validate(self) -> dict[str, float]:
@@ -371,7 +374,7 @@ class Trainer:
     def _save(self) -> None:
         self.state.checkpoints += 1
         self.state.records = self.tracker.state()
-        self.state.halvings = self.model.halvings
+        self.state.most_tokens, self.state.most_slots = self.model.most_tokens, self.model.most_slots
         moments = optim.optimizer_state(self.optimizer)
         saved = checkpoint.Checkpoint(asdict(self.state), self.model.state(), moments, self.best)
         checkpoint.save_checkpoint(self.run, self.state.checkpoints, saved)
@@ -387,7 +390,7 @@ class Trainer:
         self.state = State(**saved.state)
         tracker.restore(self.state.records)
         self.model.load_state(saved.model)
-        self.model.halvings = self.state.halvings
+        self.model.most_tokens, self.model.most_slots = self.state.most_tokens, self.state.most_slots
         self.best = saved.best
         optim.load_optimizer_state(self.optimizer, saved.optimizer)
 

@@ -9,12 +9,13 @@ from engine import PACKED_KINDS, make_model, random_prompts
 from small import adapter, lines, outcome, quiet_console
 from tiny import KINDS
 
-from fastppo import trainer
+from fastppo import checkpoint, cli, trainer
 from fastppo.algorithms import ppo
+from fastppo.algorithms.optim import make_optimizer
 from fastppo.batch.rollout import MicroBatch, pack
-from fastppo.errors import UserError
+from fastppo.errors import UserError, is_out_of_memory
 from fastppo.model.actor_critic import ActorCritic
-from fastppo.model.out_of_memory import is_out_of_memory, with_less_memory
+from fastppo.model.out_of_memory import shrink_micro_batch, with_less_memory
 from fastppo.rollout.decoder import PackedDecoder
 from fastppo.rollout.sampler import Sampling, generate
 
@@ -101,9 +102,13 @@ def test_a_run_goes_on_to_the_same_adapter(world, unlimited, tmp_path, monkeypat
     run = tmp_path / "run"
     PHASES[phase](monkeypatch)
     _, shown = world.train(run, micro_batch_tokens=BUDGET)
-    text = " ".join(shown.split())
-    assert f"out of memory while {phase.split(',')[0]}" in text
-    assert f"instead of {BUDGET:,}" in text
+    text, sampling = " ".join(shown.split()), phase.startswith("sampling")
+    assert f"out of memory while {phase.split(',')[0]}: done again, and the run goes on, with" in text
+    assert ("sequences at a time instead of" in text) == sampling and ("micro-batches of" in text) != sampling
+    # From what was too much, not from what was allowed: each halving is one that counts.
+    assert text.count("out of memory") <= 3
+    state = checkpoint.load_latest(run).state
+    assert (state["most_slots"] is not None, state["most_tokens"] is not None) == (sampling, not sampling)
     for row, expected in zip(lines(run / "samples.jsonl"), lines(unlimited / "samples.jsonl"), strict=True):
         assert row["answer"] == expected["answer"]
     found, expected = adapter(run), adapter(unlimited)
@@ -140,13 +145,17 @@ def test_samples_are_the_same_with_less_memory(kind, monkeypatch):
     prompts = random_prompts(0, 9, root=4)
     sampling = Sampling.of(model.config)
     expected = generate(model, prompts, 2, sampling, seed=3)
-    model.halvings = 3
+    model.most_slots = 2
     found = generate(model, prompts, 2, sampling, seed=3)
     assert [s.tokens for s in found.samples] == [s.tokens for s in expected.samples]
     if kind in PACKED_KINDS:
-        limit_slots(monkeypatch, 2)  # of 18, halved three times, and no less than a prompt's samples
+        model.most_slots = None
+        limit_slots(monkeypatch, 3)
         generate(model, prompts, 2, sampling, seed=3)
-        assert model.halvings == 3
+        assert model.most_slots == 2  # of 18: 9, 4, 2, and no less than a prompt's samples
+        limit_slots(monkeypatch, 1)
+        with pytest.raises(UserError, match="out of memory while sampling, even one sample at a time"):
+            generate(model, prompts, 2, sampling, seed=3)
 
 
 def test_what_was_handed_on_is_not_handed_on_again(monkeypatch):
@@ -186,7 +195,7 @@ def test_cut(padded, budget):
         assert torch.equal(torch.cat([piece.known[name] for piece in pieces]), known)
     assert torch.equal(torch.cat([piece.tree.action_targets for piece in pieces]), part.tree.action_targets)
     for piece in pieces:
-        assert piece.states is None
+        assert (piece.states is None) == (len(pieces) > 1)
         size = piece.tree.padded_tokens if padded else piece.tree.n_tokens
         assert size <= budget or len(piece.samples) == 1
         for i, path in zip(piece.samples, piece.tree.paths, strict=True):
@@ -200,27 +209,34 @@ def test_what_is_out_of_memory():
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
-    assert not is_out_of_memory(RuntimeError("expected scalar type Float")) and not is_out_of_memory(UserError("no"))
+    for text in ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_NOT_INITIALIZED"):
+        assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("expected scalar type Float")) and not is_out_of_memory(UserError("out of memory"))
 
 
 def test_nothing_smaller_is_left():
-    model = make_model("llama", micro_batch_tokens=2)
-    seen: list[int] = []
-    model.notice = lambda text: seen.append(model.micro_batch_tokens)
+    model = make_model("llama")
+    parts = pack(random_prompts(0, 4), [(i, [7, 8]) for i in range(4)], budget=BUDGET, padded=False, device="cpu")
+    seen: list[str] = []
+    model.notice = seen.append
+
+    def attempt():
+        parts[:] = [piece for part in parts for piece in part.cut(model.micro_batch_tokens, padded=False)]
+        run_out(model.micro_batch_tokens)
+
     with pytest.raises(UserError, match=r"^out of memory while trying, even one sample at a time \(CUDA out of memory\."):
-        with_less_memory(model, "trying", lambda: run_out(model.micro_batch_tokens))
-    assert seen == [1]
+        with_less_memory(model, "trying", attempt, lambda: shrink_micro_batch(model, parts))
+    assert len(parts) == 4 and len(seen) == 1  # cut in two, each of which no longer fits in half of what all took
 
 
 def test_other_errors_pass():
     model = make_model("llama")
     with pytest.raises(ZeroDivisionError):
-        with_less_memory(model, "trying", lambda: 1 // 0)
-    assert model.halvings == 0
+        with_less_memory(model, "trying", lambda: 1 // 0, lambda: "less")
 
 
 def test_what_filled_the_memory_is_let_go_before_the_next_attempt():
-    model, alive = make_model("llama", micro_batch_tokens=8), []
+    model, alive, left = make_model("llama"), [], [3, 2, 1]
 
     class Large:
         pass
@@ -229,9 +245,64 @@ def test_what_filled_the_memory_is_let_go_before_the_next_attempt():
         assert all(reference() is None for reference in alive)
         large = Large()
         alive[:] = [weakref.ref(large)]
-        if model.micro_batch_tokens > 2:
-            run_out(model.micro_batch_tokens)
+        if left.pop() < 3:
+            run_out(1)
         return MicroBatch
 
     model.notice = lambda text: None
-    assert with_less_memory(model, "trying", attempt) is MicroBatch
+    assert with_less_memory(model, "trying", attempt, lambda: "less") is MicroBatch
+
+
+def test_out_of_memory_elsewhere_is_one_line(world, tmp_path, monkeypatch, capsys):
+    """Where there is nothing to make smaller: when the model is loaded, for example."""
+    monkeypatch.setattr(trainer, "load_base", lambda config: run_out(9000))
+    assert cli.main(world.argv(tmp_path / "run")) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("fastppo: error: out of memory (CUDA out of memory. Tried to allocate 9000 MiB.)")
+
+
+def test_the_optimizer_takes_its_memory_before_the_first_step():
+    """A step that fails for want of it could not be done again."""
+    model = make_model("llama")
+    optimizer = make_optimizer(model.trainable(), 1e-3, 1e-8)
+    assert all(set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"} for p in model.trainable())
+
+
+def test_a_run_whose_memory_ran_out_once_resumes_to_the_same_bits(world, tmp_path, monkeypatch):
+    """It need not run out again: other processes come and go."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    steps, real, record = [], ActorCritic.states, trainer.Trainer._record_samples
+
+    def once(self, tree):
+        if steps == [0, 1, 2] and tree.n_tokens > LIMIT:
+            steps.append("ran out")
+            run_out(tree.n_tokens)
+        return real(self, tree)
+
+    def count(self, *arguments):
+        steps.append(self.state.step)
+        return record(self, *arguments)
+
+    monkeypatch.setattr(ActorCritic, "states", once)
+    monkeypatch.setattr(trainer.Trainer, "_record_samples", count)
+    world.train(whole, micro_batch_tokens=BUDGET, checkpoint_every=100, ppo__iterations=5)
+    assert "ran out" in steps
+    steps[:] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_end_step", _stopping(trainer.Trainer._end_step, at=4))
+        with pytest.raises(KeyboardInterrupt):
+            world.train(broken, micro_batch_tokens=BUDGET, checkpoint_every=100, ppo__iterations=5)
+    assert "ran out" in steps
+    trainer.resume(broken, {}, quiet_console())
+    assert outcome(broken) == outcome(whole)
+
+
+def _stopping(real, at):
+    """`_end_step` that is killed behind step ``at`` of PPO."""
+
+    def end_step(self, *arguments, **options):
+        real(self, *arguments, **options)
+        if self.state.stage == "ppo" and self.state.step == at:
+            raise KeyboardInterrupt
+
+    return end_step

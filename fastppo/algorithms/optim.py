@@ -11,7 +11,12 @@ from torch import Tensor, nn
 def make_optimizer(parameters: list[nn.Parameter], lr: float, eps: float) -> torch.optim.AdamW:
     """AdamW without weight decay: adapters start at zero effect and need no pull towards it."""
     # Fused: all parameters in one launch, no temporaries, no word from the host.
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0, fused=True)
+    # Its memory is taken now rather than in the first step, which could not be done again if there were none left.
+    for p in parameters:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:

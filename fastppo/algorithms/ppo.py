@@ -17,7 +17,7 @@ from fastppo.batch.rollout import MicroBatch, MiniBatch, Rollout
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import ActorCritic
-from fastppo.model.out_of_memory import with_less_memory
+from fastppo.model.out_of_memory import shrink_micro_batch, with_less_memory
 from fastppo_kernels import gae, linear_ppo_loss, ppo_value_loss, reduce_metrics, whiten
 
 KL_HORIZON = 10_000  # samples over which the KL weight adapts: Ziegler et al.'s, and of all who followed
@@ -58,6 +58,7 @@ def estimate(
         model,
         "estimating advantages",
         lambda: _estimate(model, minibatches, rollout, rewards, kl_coef, config, before_update),
+        lambda: shrink_micro_batch(model, [part for mini in minibatches for part in mini.parts]),
     )
 
 
@@ -72,6 +73,8 @@ def _estimate(
 ) -> Estimates:
     for mini in minibatches:
         _fit(model, mini)
+        for part in mini.parts:
+            part.states = None  # of an attempt before this one
     *parts, last = [part for mini in reversed(minibatches) for part in mini.parts]
     kept = last if before_update and len(minibatches[0].parts) == 1 else None
     parts.append(last)
@@ -122,7 +125,7 @@ def _estimate(
 
 def _fit(model: ActorCritic, mini: MiniBatch) -> None:
     """Cut the micro-batches to what they may have now, where memory ran out since they were packed or before."""
-    if model.halvings:
+    if model.most_tokens is not None:
         pieces = [part.cut(model.micro_batch_tokens, padded=not model.backbone.packed) for part in mini.parts]
         mini.parts = [piece for several in pieces for piece in several]
 
@@ -146,10 +149,13 @@ def update(
     seen, norms, first_log_ratio = [], [], None
     for epoch in range(config.ppo.epochs):
         for m in rng.permutation(len(minibatches)).tolist() if epoch else range(len(minibatches)):
-            metrics = with_less_memory(
-                model, "updating", partial(_gradients, model, optimizer, minibatches[m], kl_coef, config, critic_only)
+            mini = minibatches[m]
+            metrics, norm = with_less_memory(
+                model,
+                "updating",
+                partial(_gradients, model, optimizer, mini, kl_coef, config, critic_only),
+                lambda mini=mini: shrink_micro_batch(model, mini.parts),  # type: ignore[misc]
             )
-            norm = torch.nn.utils.clip_grad_norm_(model.trainable(critic_only=critic_only), config.ppo.max_grad_norm)
             optimizer.step()
             norms.append(norm)
             seen += metrics
@@ -168,8 +174,8 @@ def _gradients(
     kl_coef: float,
     config: Config,
     critic_only: bool,
-) -> list[dict[str, torch.Tensor]]:
-    """Add up the gradient of a mini-batch; the metrics of each of its micro-batches, as sums."""
+) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """Add up the gradient of a mini-batch and clip it: metrics of each micro-batch, as sums, and the norm before clipping."""
     _fit(model, mini)
     optimizer.zero_grad(set_to_none=True)
     metrics = []
@@ -177,7 +183,8 @@ def _gradients(
         loss, part_metrics = _loss(model, part, mini.n_actions, kl_coef, config, critic_only)
         loss.backward()
         metrics.append(part_metrics)
-    return metrics
+    parameters = model.trainable(critic_only=critic_only)
+    return metrics, torch.nn.utils.clip_grad_norm_(parameters, config.ppo.max_grad_norm)
 
 
 def _loss(

@@ -8,7 +8,7 @@ from fastppo.batch.rollout import MicroBatch, pack
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import ActorCritic
-from fastppo.model.out_of_memory import with_less_memory
+from fastppo.model.out_of_memory import shrink_micro_batch, with_less_memory
 
 
 def sft_step(
@@ -26,9 +26,10 @@ def sft_step(
     Returns:
         loss (nats per token), grad_norm, tokens_tree and tokens_padded.
     """
+    parts: list[MicroBatch] = []
 
-    def gradients() -> tuple[torch.Tensor, list[MicroBatch]]:
-        parts = pack(
+    def gradients() -> tuple[torch.Tensor, torch.Tensor]:
+        parts[:] = pack(
             prompts,
             list(enumerate(answers)),
             budget=model.micro_batch_tokens,
@@ -43,10 +44,9 @@ def sft_step(
             loss = -logprob.sum() / total
             loss.backward()
             loss_sum += loss.detach()
-        return loss_sum, parts
+        return loss_sum, torch.nn.utils.clip_grad_norm_(model.trainable(), config.ppo.max_grad_norm)
 
-    loss_sum, parts = with_less_memory(model, "fine-tuning", gradients)
-    norm = torch.nn.utils.clip_grad_norm_(model.trainable(), config.ppo.max_grad_norm)
+    loss_sum, norm = with_less_memory(model, "fine-tuning", gradients, lambda: shrink_micro_batch(model, parts))
     if not torch.isfinite(loss_sum + norm):
         raise UserError("the loss is no longer finite: supervised fine-tuning has diverged; lower --sft-lr")
     optimizer.step()

@@ -49,14 +49,14 @@ class MicroBatch:
 
 
     def cut(self, budget: int, *, padded: bool) -> list[MicroBatch]:
-        """Pieces of at most ``budget`` tokens, or of one sample, with what is known of each; without ``states``.
+        """Pieces of at most ``budget`` tokens, or of one sample, with what is known of each.
 
         Unlike ``pack`` this divides the answers of one prompt too, each piece then computes the prompt again: for a budget
         that has to be kept.
         """
         count, tree, first = len(self.samples), self.tree, 0
         if count == 1 or (tree.padded_tokens if padded else tree.n_tokens) <= budget:
-            return [MicroBatch(tree, self.samples, self.known)]
+            return [self]
         ends, targets = tree.cu_actions.tolist(), tree.action_targets.tolist()
         token_ids, pieces = tree.token_ids.cpu().numpy(), []
         for last in (count // 2, count):

@@ -47,7 +47,9 @@ class ActorCritic:
 
     def __init__(self, base: Base, config: Config):
         self.base, self.config = base, config
-        self.halvings = 0  # of the micro-batch, since memory ran out
+        # Since memory ran out: tokens of a micro-batch, and sequences sampled at a time.
+        self.most_tokens: int | None = None
+        self.most_slots: int | None = None
         self.notice: Callable[[str], None] = lambda text: print(f"fastppo: {text}", file=sys.stderr)
         self.backbone = Backbone(base.model)
         self.device = self.backbone.head.weight.device
@@ -77,27 +79,11 @@ class ActorCritic:
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of the tree per forward and backward."""
-        return max(1, self._chosen_tokens >> self.halvings)
+        return min(self._chosen_tokens, self.most_tokens or self._chosen_tokens)
 
-    def halve_micro_batch(self, phase: str, reason: str) -> None:
-        """For what failed in ``phase`` and for all that follows; says so in one line.
-
-        Raises:
-            UserError: it cannot be halved any more.
-        """
-        before = self.micro_batch_tokens
-        if before == 1:
-            raise UserError(
-                f"out of memory while {phase}, even one sample at a time ({reason}); "
-                "lower --max-prompt-tokens, --sample-max-new-tokens or --lora-rank, or take a smaller --model"
-            )
-        self.halvings += 1
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.notice(
-            f"out of memory while {phase}: done again, and the run goes on, with micro-batches of "
-            f"{self.micro_batch_tokens:,} tokens instead of {before:,}"
-        )
+    def tokens_of(self, tree: TokenTree) -> int:
+        """How many tokens a forward of this tree computes."""
+        return tree.n_tokens if self.backbone.packed else tree.padded_tokens
 
     def states(self, tree: TokenTree) -> tuple[Tensor, Tensor]:
         """Hidden states [R, H] of the rows that predict an action, the policy's and the critic's: what the two heads read.

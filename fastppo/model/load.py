@@ -90,7 +90,9 @@ def load_base(config: Config) -> Base:
         options |= _in_4_bits(device, dtype)
     be_quiet()
     try:
-        AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        if getattr(found, "quantization_config", None) is not None:
+            options["device_map"] = _whole_on(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -121,15 +123,19 @@ def load_base(config: Config) -> Base:
 
 
 def _in_4_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What makes `from_pretrained` quantise a base, on its device: left to itself, transformers would take the first GPU."""
+    """What makes `from_pretrained` quantise a base, on its device."""
     try:
         why = nf4.obstacle(device)
     except Exception as error:  # whatever a wrong build of it raises
         why = first_line(error)
     if why:
         raise UserError(f"--dtype: nf4 is not possible here: {why}; it needs: pip install 'bitsandbytes>=0.50'")
-    place = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
-    return {"quantization_config": nf4.quantisation(dtype), "device_map": {"": place}}
+    return {"quantization_config": nf4.quantisation(dtype), "device_map": _whole_on(device)}
+
+
+def _whole_on(device: torch.device) -> dict[str, str]:
+    """Left to itself, transformers puts a quantised model on the first GPU."""
+    return {"": f"cuda:{device.index or 0}" if device.type == "cuda" else device.type}
 
 
 def load_tokenizer(source: str, shown: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -1,36 +1,30 @@
-"""Out of memory is no end: what failed is done again with half the micro-batch."""
+"""Out of memory is no end: what failed is done again, smaller."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
+from fastppo.batch.rollout import MicroBatch
+from fastppo.errors import UserError, is_out_of_memory
 from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.load import first_line
 
 T = TypeVar("T")
 
-# Of what torch raises as a plain RuntimeError: its allocator on the CPU, and cuBLAS where its workspace does not fit.
-_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
-
-
-def with_less_memory(model: ActorCritic, phase: str, attempt: Callable[[], T]) -> T:
-    """``attempt()``, and where memory runs out again with half the micro-batch, until it fits.
+def with_less_memory(model: ActorCritic, phase: str, attempt: Callable[[], T], shrink: Callable[[], str | None]) -> T:
+    """``attempt()``, and where memory runs out again with less at a time, until it fits; a line of notice each time.
 
     Args:
         phase: what it does, for the notice: "sampling".
-        attempt: begins anew each time and reads ``model.micro_batch_tokens`` then.
+        attempt: begins anew each time.
+        shrink: makes the next attempt, and all that comes later in the run, smaller and says how; None: it cannot.
 
     Raises:
-        UserError: the micro-batch is as small as it can be.
+        UserError: it cannot be made smaller.
     """
     while True:
         try:
@@ -40,4 +34,21 @@ def with_less_memory(model: ActorCritic, phase: str, attempt: Callable[[], T]) -
                 raise
             reason = first_line(error)
         # Behind the handler: the error's traceback held the frames, and they the tensors, that filled the memory.
-        model.halve_micro_batch(phase, reason)
+        how = shrink()
+        if how is None:
+            raise UserError(
+                f"out of memory while {phase}, even one sample at a time ({reason}); "
+                "lower --max-prompt-tokens, --sample-max-new-tokens or --lora-rank, or take a smaller --model"
+            )
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        model.notice(f"out of memory while {phase}: done again, and the run goes on, with {how}")
+
+
+def shrink_micro_batch(model: ActorCritic, parts: Sequence[MicroBatch]) -> str | None:
+    """Half of the largest of these micro-batches that can be cut."""
+    sizes = [model.tokens_of(part.tree) for part in parts if len(part.samples) > 1]
+    if not sizes:
+        return None
+    model.most_tokens = max(sizes) // 2
+    return f"micro-batches of {model.most_tokens:,} tokens instead of {max(sizes):,}"

@@ -82,8 +82,20 @@ def generate(
                 finished(index, sample)  # may itself run out of memory: then again in the next attempt
             done[index] = sample
 
+    def slots() -> int:  # a cache is no larger than it is used
+        most = min(sampling.slots, len(prompts) * samples)
+        return max(samples, min(most, model.most_slots or most))
+
+    def shrink() -> str | None:
+        before = slots()
+        model.most_slots = before // 2
+        return f"{slots():,} sequences at a time instead of {before:,}" if slots() < before else None
+
     with_less_memory(
-        model, "sampling", lambda: _generate(model, prompts, samples, sampling, seed, first_id, answers, end, check)
+        model,
+        "sampling",
+        lambda: _generate(model, prompts, samples, sampling, slots(), seed, first_id, answers, end, check),
+        shrink,
     )
     return Rollout(prompts, [done[i] for i in range(len(prompts) * samples)])
 
@@ -93,6 +105,7 @@ def _generate(
     prompts: list[list[int]],
     samples: int,
     sampling: Sampling,
+    slots: int,
     seed: int,
     first_id: int,
     answers: TokenTrie | None,
@@ -100,8 +113,6 @@ def _generate(
     check: Callable[[], None],
 ) -> None:
     head, tokenizer, eos = model.backbone.head, model.base.tokenizer, frozenset(model.base.eos_ids)
-    slots = min(sampling.slots, len(prompts) * samples)  # a cache is no larger than it is used
-    slots = max(samples, slots >> model.halvings)
     decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.micro_batch_tokens)
     running: list[_Running] = []
     waiting = 0  # the first prompt not yet admitted

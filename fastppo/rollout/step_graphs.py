@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastppo.errors import is_out_of_memory
 from fastppo.model.backbone import Backbone
 
 VARIABLE = "FASTPPO_CUDA_GRAPHS"
@@ -21,6 +25,7 @@ VARIABLE = "FASTPPO_CUDA_GRAPHS"
 # New tokens from which on graphs are made: making one takes about three steps, and the end of a batch needs several.
 GRAPHS_FROM = 32
 KEYS = 128  # a bucket of keys is a multiple of that
+MAKE_AT = 3  # the step of a bucket that is made a graph: a bucket that is left at once is worth none
 
 # Rotary embeddings that do not ask the host how long the sequences are.
 _ROPES = ("default", "linear", "llama3", "yarn")
@@ -57,6 +62,9 @@ class StepGraphs:
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self.lengths = torch.ones(slots, dtype=torch.int64, device=device)
         self.made: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        self.asked: Counter[tuple[int, int]] = Counter()
+        self.maker = Maker()
+        self.full = False  # memory ran out when a graph was made
 
     def step(self, run: Run, tokens_B: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
         """``run(tokens_B, lengths_B, longest)``, hidden states [B, H]; the next call overwrites them.
@@ -64,36 +72,67 @@ class StepGraphs:
         run: the same each time (it is not kept: it would hold the decoder, and that us). It writes each row's key and value
             at place ``length - 1`` of the row's slot.
         """
+        if not self.backbone.graphs or self.full:
+            return run(tokens_B, lengths_B, longest)
         rows = len(tokens_B)
         bucket = min(row_bucket(rows), self.slots), min(-(-longest // KEYS) * KEYS, self.capacity)
+        self.asked[bucket] += 1
+        if self.asked[bucket] < MAKE_AT:
+            return run(tokens_B, lengths_B, longest)
         self.tokens[:rows].copy_(tokens_B)
         self.lengths[:rows].copy_(lengths_B)
         # The rows behind are free slots. They write to their first place, which whoever comes there next overwrites.
         self.lengths[rows : bucket[0]].fill_(1)
         if bucket not in self.made:
             try:
-                self.made[bucket] = capture(lambda: run(self.tokens[: bucket[0]], self.lengths[: bucket[0]], bucket[1]))
-            except torch.OutOfMemoryError:
-                raise
+                self.made[bucket] = self.maker.make(
+                    lambda: run(self.tokens[: bucket[0]], self.lengths[: bucket[0]], bucket[1])
+                )
             except RuntimeError as error:  # whatever CUDA does not let a graph do
-                self.backbone.graphs = False
-                first = str(error).splitlines()[0]
-                warnings.warn(f"decoding goes on without CUDA graphs: {first}", RuntimeWarning, stacklevel=2)
-        if not self.backbone.graphs:
-            return run(tokens_B, lengths_B, longest)
+                self.made.clear()
+                self.full = is_out_of_memory(error)  # only for this batch: the next one may be smaller
+                if not self.full:
+                    self.backbone.graphs = False
+                    first = str(error).splitlines()[0]
+                    warnings.warn(f"decoding goes on without CUDA graphs: {first}", RuntimeWarning, stacklevel=2)
+            if bucket not in self.made:
+                return run(tokens_B, lengths_B, longest)
         replay, hidden_BH = self.made[bucket]
         replay()
         return hidden_BH[:rows]
 
 
-def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What runs ``step`` again, and where its result then lies. Steps may be run more than once at no harm."""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):  # what is compiled, measured or allocated at a first call must be there before
-        step()
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = step()
-    return graph.replay, result
+class Maker:
+    """Makes graphs that share their memory: only one runs at a time, and what it gives is read before the next one does."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+        self.aside: Any = None  # one stream for all: each that ever multiplied keeps a workspace
+
+    def make(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What runs ``step`` again, and where its result then lies. Steps may be run more than once at no harm.
+
+        Raises:
+            RuntimeError: the step cannot be a graph, or there is no memory for it. Nothing of the attempt is left.
+        """
+        here = torch.cuda.current_stream()
+        if self.pool is None:
+            self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.aside.wait_stream(here)
+        try:
+            with torch.cuda.stream(self.aside):  # what is compiled, measured or allocated at a first call must be there before
+                step()
+        finally:
+            here.wait_stream(self.aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
+                result = step()
+        except BaseException:
+            # Where the end of a capture fails, torch stays on its stream, and its allocator in the belief that it goes on.
+            torch.cuda.set_stream(here)
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(here.device_index, self.pool)
+            self.pool = None
+            raise
+        return graph.replay, result

@@ -36,7 +36,8 @@ def made(monkeypatch):
     made: dict[int, int] = {}
     monkeypatch.setattr(step_graphs.StepGraphs, "step", step)
     monkeypatch.setattr(decoder, "usable", lambda *_: True)
-    monkeypatch.setattr(step_graphs, "capture", record)
+    monkeypatch.setattr(step_graphs.Maker, "make", lambda self, step: record(step))
+    monkeypatch.setattr(step_graphs, "MAKE_AT", 1)
     monkeypatch.setattr(step_graphs, "KEYS", 8)
     monkeypatch.setattr(_attention_torch, "_check_decode", lambda *_: None)  # on a CPU it looks at the lengths
     return made, asked
@@ -79,10 +80,10 @@ def test_what_the_adapter_learned_is_seen_by_the_next_replay(made):
 
 
 def test_a_graph_that_cannot_be_made_is_done_without(made, monkeypatch):
-    def refuse(step):
+    def refuse(self, step):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
 
-    monkeypatch.setattr(step_graphs, "capture", refuse)
+    monkeypatch.setattr(step_graphs.Maker, "make", refuse)
     model = make_model("llama", sample__max_new_tokens=6)
     prompts = random_prompts(0, 3)
     said = "decoding goes on without CUDA graphs: operation not permitted when stream is capturing"
@@ -93,20 +94,34 @@ def test_a_graph_that_cannot_be_made_is_done_without(made, monkeypatch):
     assert found == generate(model, prompts, 1, Sampling(max_new_tokens=6), seed=1)
 
 
-def test_out_of_memory_is_not_taken_for_a_refusal(made, monkeypatch):
-    tries = []
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")])
+def test_no_memory_for_a_graph_ends_graphs_for_this_batch_only(made, monkeypatch, error):
+    """They are a luxury: training's micro-batches, and the sampler's slots, are not what must pay for them."""
+    tries, model, prompts = [], make_model("llama"), random_prompts(0, 3)
 
-    def run_out(step):
+    def run_out(self, step):
         tries.append(step)
-        if len(tries) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if len(tries) == 2:
+            raise error
         return record(step)
 
-    monkeypatch.setattr(step_graphs, "capture", run_out)
-    model = make_model("llama", sample__max_new_tokens=6)
-    model.notice = lambda text: None
-    generate(model, random_prompts(0, 3), 1, Sampling(max_new_tokens=6), seed=1)
-    assert model.halvings == 1 and model.backbone.graphs and len(tries) > 1
+    monkeypatch.setattr(step_graphs.Maker, "make", run_out)
+    found = generate(model, prompts, 1, Sampling(max_new_tokens=20), seed=1)
+    assert len(tries) == 2 and model.backbone.graphs and model.most_slots is None
+    again = generate(model, prompts, 1, Sampling(max_new_tokens=20), seed=1)
+    assert len(tries) > 3 and [s.tokens for s in again.samples] == [s.tokens for s in found.samples]
+
+
+def test_a_bucket_that_is_left_at_once_gets_no_graph(made, monkeypatch):
+    monkeypatch.setattr(step_graphs, "MAKE_AT", 3)
+    made_of = []
+    monkeypatch.setattr(step_graphs.Maker, "make", lambda self, step: made_of.append(step) or record(step))
+    model = make_model("llama")
+    monkeypatch.setattr(step_graphs, "KEYS", 10**6)
+    generate(model, random_prompts(0, 3), 1, Sampling(max_new_tokens=3), seed=1)
+    assert not made_of  # the first of three tokens needs no step
+    generate(model, random_prompts(0, 3), 1, Sampling(max_new_tokens=4), seed=1)
+    assert len(made_of) == 1
 
 
 def test_a_decoder_is_let_go_at_once(made):
