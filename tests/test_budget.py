@@ -94,6 +94,20 @@ def test_four_bits_a_weight():
     others = sum(p.numel() for p in model.parameters()) - numbers
     sizes = budget.sizes_of(add_policy(model, make_config("llama")), llama=True, nf4=True)
     assert sizes.linear == numbers and sizes.base == 2 * others + numbers // 2 + 4 * (numbers // 64)
+    assert sizes.layer is None  # it is not `decoder_layer` that computes it, and nothing is folded
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_four_bits_are_those_of_the_loaded_model(kind):
+    """GPT-2's weights are no `nn.Linear` before they are quantised."""
+    pytest.importorskip("bitsandbytes", reason="bases in 4 bits need bitsandbytes")
+    config = make_config(kind, dtype="nf4")
+    shapes, _ = plan.shapes(config, torch.float32)
+    counted = budget.sizes_of(add_policy(shapes, config), llama=kind == "llama", nf4=True)
+    model = make_model(kind, dtype="nf4").base.model
+    tensors = [p for name, p in model.named_parameters() if "lora_" not in name]
+    scales = [p.quant_state.absmax for p in tensors if hasattr(p, "quant_state")]
+    assert scales and counted.base == bytes_of([*tensors, *scales])
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------------

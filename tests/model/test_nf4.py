@@ -93,7 +93,7 @@ def test_scores_and_gradients_are_those_of_the_dequantised_weights(kind):
 
 def test_critic_with_its_own_adapter():
     tree = make_tree()
-    pair = twins("llama", value__adapter=True)
+    pair = twins("llama", value__trunk="own")
     found = []
     for model in pair:
         values = model.forward(tree, temperature=1.0).values
