@@ -101,8 +101,8 @@ def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, tuple[str, ...]
     else:
         try:
             tokenizer = load_tokenizer(*source_of(config), config.trust_remote_code)
-        except UserError as error:
-            why = str(error)
+        except UserError:
+            why = "its tokenizer cannot be loaded"
     if why:
         each = f"each is counted with {allowed.longest:,} tokens (--max-prompt-tokens)"
         return allowed, (f"prompts are not known ({why}): {each}",)
