@@ -132,7 +132,7 @@ def sizes_of(peft: PeftModel, *, llama: bool, nf4: bool = False) -> Sizes:
         vocab=head.weight.shape[0],
         hidden=head.weight.shape[1],
         layers=layers,
-        layer=_layer(trunk.layers[0]) if llama and not nf4 else None,  # in 4 bits it runs module by module
+        layer=_layer(trunk.layers[0], fused=not nf4) if llama else None,
         outputs=sum(_outputs(m) for m in linear.values()),
         cache=2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width,
         positions=getattr(config, "max_position_embeddings", None),
@@ -150,7 +150,7 @@ def _outputs(module: Any) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.weight.shape[1]
 
 
-def _layer(layer: Any) -> Layer:
+def _layer(layer: Any, fused: bool) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     modules = {name: getattr(attention if name in "qkvo" else mlp, f"{name}_proj") for group in GROUPS for name in group}
     width = attention.head_dim
@@ -162,6 +162,7 @@ def _layer(layer: Any) -> Layer:
         head_dim=width,
         ranks={name: getattr(module, "r", {}).get(POLICY, 0) for name, module in modules.items()},
         qk_norm=hasattr(attention, "q_norm"),
+        fused=fused,
     )
 
 
@@ -282,7 +283,7 @@ class Budget:
         yield Part("prefill", "sampling", prefill, f"keys and values of {at_once:,} tokens, and a layer's forward")
         logits = slots * sizes.vocab * (sizes.itemsize + 8)
         yield Part("logits", "sampling", logits, f"{slots:,} rows of {sizes.vocab:,}, and two float32 copies")
-        folds = not self.device.cuda and sizes.itemsize == 4 and sizes.layer is not None
+        folds = not self.device.cuda and sizes.itemsize == 4 and sizes.layer is not None and sizes.layer.fused
         if folds and config.sample.max_new_tokens >= FOLD_FROM:
             yield Part("folded weights", "sampling", 4 * sizes.linear, "linear layers with the adapter in them, on a CPU")
 

@@ -47,7 +47,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Layer:
-    """Widths of a decoder layer; ranks: of its seven projections' adapters, by name (`GROUPS`), 0 for none."""
+    """Widths of a decoder layer; ranks: of its seven projections' adapters, by name (`GROUPS`), 0 for none.
+
+    fused: whether it runs as `decoder_layer`; else part by part, and what that makes again is kept.
+    """
 
     hidden: int
     inner: int
@@ -56,6 +59,7 @@ class Layer:
     head_dim: int
     ranks: Mapping[str, int]
     qk_norm: bool = False
+    fused: bool = True
 
     @property
     def queries(self) -> int:
@@ -174,7 +178,7 @@ class _Trunk:
 
     def folds(self, group: int, rows: int) -> bool:
         widths = (self.layer.widths(name) for name in GROUPS[group])
-        return self.machine.folds and all(rows * (k + n) > k * n for k, n in widths)
+        return self.machine.folds and self.layer.fused and all(rows * (k + n) > k * n for k, n in widths)
 
     def kept_s(self, group: int, rows: int) -> int:
         """S = x A^T of a group's adapters, where it is kept for backward."""
@@ -269,7 +273,9 @@ class _Trunk:
         walk.take(z)
         walk.drop(o, down)
         s = sum(self.kept_s(group, padded if group == 0 else rows) for group in range(4))
-        kept = before_norms + inputs + attended + lse + self.batch.attention.kept + y + gate_up + s
+        parts = 0 if layer.fused else n + size(rows, layer.hidden) + h * (1 if self.machine.cuda else 2)  # with torch's silu(g)
+        walk.take(parts)
+        kept = before_norms + inputs + attended + lse + self.batch.attention.kept + y + gate_up + s + parts
         if not record:
             walk.drop(walk.now - before - z)
             return 0
@@ -286,6 +292,7 @@ class _Trunk:
         walk, layer, tokens, padded, rows, size = self.walk, self.layer, self.tokens, self.padded, self.rows, self.size
         before, inner, hidden = walk.now, self.size(rows, layer.inner), self.size(rows, layer.hidden)
         gated = inner if self.machine.cuda else 2 * inner  # silu(g) u, and torch's silu(g)
+        gated = gated if layer.fused else 0
         walk.take(gated)
         grad_h = self.project_back(3, rows, True)
         walk.take(inner)
@@ -293,7 +300,9 @@ class _Trunk:
             walk.use(inner)
         walk.take(inner)
         walk.drop(gated, grad_h)
-        m = self.norm(rows, layer.hidden)
+        if not layer.fused:  # part by part what was kept is let go: gate, up, silu(g) u, and torch's silu(g)
+            walk.drop(inner * (3 if self.machine.cuda else 4))
+        m = self.norm(rows, layer.hidden) if layer.fused else 0
         grad_m = self.project_back(2, rows, True)
         walk.drop(2 * inner, m)
         of_norm = self.norm_backward(rows, layer.hidden)
@@ -315,7 +324,8 @@ class _Trunk:
         if layer.qk_norm:
             walk.use(both, both)
         walk.take(size(padded, layer.queries + 2 * layer.keys) if padded != tokens else 0)
-        self.norm(padded, layer.hidden)
+        if layer.fused:
+            self.norm(padded, layer.hidden)
         self.project_back(0, padded, need_x)
         grad_x = self.norm_backward(padded, layer.hidden) if need_x else 0
         walk.drop(walk.now - before - grad_x)

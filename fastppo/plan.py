@@ -68,9 +68,10 @@ def plan(config: Config, gpu: str | None, console: rich.console.Console | None) 
 
 def make_plan(config: Config, device: Device) -> Plan:
     """The plan of a run on a device that need not be here."""
-    quantised = config.dtype == "nf4"
-    dtype = pick_dtype("auto" if quantised else config.dtype, torch.device(device.kind))
+    dtype = pick_dtype(config.dtype, torch.device(device.kind))
     model, shown = shapes(config, dtype)
+    stored = getattr(model.config, "quantization_config", None)
+    quantised = config.dtype == "nf4" or (isinstance(stored, dict) and bool(stored.get("load_in_4bit")))
     llama = LlamaTrunk.suits(model.base_model)
     sizes = budget.sizes_of(add_policy(model, config), llama=llama, nf4=quantised)
     prompts, unknown = read_prompts(config, sizes)
@@ -82,7 +83,7 @@ def make_plan(config: Config, device: Device) -> Plan:
     if device.cuda:
         how = "context, loaded kernels, gaps between the allocator's blocks"
         parts.append(Part("CUDA", "device", device.memory - device.usable, how))
-    numbers = config.dtype if quantised else str(dtype).removeprefix("torch.")
+    numbers = ("nf4, computed in " if quantised else "") + str(dtype).removeprefix("torch.")
     return Plan(shown, device, numbers, prompts, tuple(parts), choice)
 
 

@@ -94,7 +94,7 @@ def test_four_bits_a_weight():
     others = sum(p.numel() for p in model.parameters()) - numbers
     sizes = budget.sizes_of(add_policy(model, make_config("llama")), llama=True, nf4=True)
     assert sizes.linear == numbers and sizes.base == 2 * others + numbers // 2 + 4 * (numbers // 64)
-    assert sizes.layer is None  # it is not `decoder_layer` that computes it, and nothing is folded
+    assert sizes.layer is not None and not sizes.layer.fused  # it is not `decoder_layer` that computes it
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

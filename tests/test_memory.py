@@ -1,6 +1,7 @@
 """The counted peak of a micro-batch's forward and backward beside the measured one, on the CPU."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ ALLOWED = 0.1
 def make_model(kind: str, **settings: Any) -> ActorCritic:
     config = make_config("llama", **settings)
     if kind == "builtin":
-        return ActorCritic(load_base(config.__class__(lora=config.lora, value=config.value)), config)
+        return ActorCritic(load_base(replace(config, model=None)), config)
     if kind == "bench":
         return ActorCritic(models.random_base("tiny", "cpu", torch.float32), config)
     torch.manual_seed(0)
@@ -64,7 +65,7 @@ def measured(model: ActorCritic, tree: TokenTree) -> int:
 
 
 def counted(model: ActorCritic, tree: TokenTree) -> int:
-    sizes = budget.sizes_of(model.peft, llama=True)
+    sizes = model._sizes
     assert sizes.layer is not None
     device = budget.Device.of(model.device)
     run = budget.Budget(sizes, model.config, device, budget.Prompts(1))
@@ -124,3 +125,14 @@ def test_what_is_planned_of_settings_and_prompts_is_what_full_answers_take(token
     run = budget.Budget(model._sizes, model.config, budget.Device.of(model.device), prompts)
     planned, wanted = run.takes(tree.n_tokens, "keep"), measured(model, tree)
     assert abs(planned - wanted) < ALLOWED * wanted, f"{planned:,} planned, {wanted:,} measured"
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_the_peak_is_counted_of_a_base_in_4_bits(activations):
+    """Its layers run part by part."""
+    pytest.importorskip("bitsandbytes")
+    model = make_model("builtin", activations=activations, dtype="nf4")
+    assert model._sizes.layer is not None and not model._sizes.layer.fused
+    tree = make_tree(1024, *SHORT)
+    found, wanted = counted(model, tree), measured(model, tree)
+    assert abs(found - wanted) < ALLOWED * wanted, f"{found:,} counted, {wanted:,} measured"

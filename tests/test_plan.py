@@ -1,6 +1,7 @@
 """`fastppo plan`: the table, the JSON object, the exit codes, and that no weight is looked at."""
 
 import json
+import sys
 
 import pytest
 from small import World
@@ -104,3 +105,11 @@ def test_data_that_is_not_here_is_not_fetched(world: World, capsys):
     argv = ["--model", str(world.model), "--gpu", "l4", "--json", "--data", "nyu-mll/glue:cola"]
     found = json.loads(planned(capsys, world, *argv)[1])
     assert found["prompts"]["mean"] is None and "'nyu-mll/glue:cola' is not on this disk" in found["notices"][0]
+
+
+def test_a_base_in_4_bits_needs_no_library_to_be_counted(world: World, capsys, monkeypatch):
+    argv = ["--model", str(world.model), "--gpu", "l4", "--json"]
+    plain = json.loads(planned(capsys, world, *argv)[1])
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    found = json.loads(planned(capsys, world, *argv, "--dtype", "nf4")[1])
+    assert found["dtype"] == "nf4, computed in bfloat16" and found["parts"][0]["bytes"] < plain["parts"][0]["bytes"]

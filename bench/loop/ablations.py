@@ -42,7 +42,8 @@ def without_tree(loop: FastppoLoop) -> Iterator[None]:
         yield
 
 
-def _padded_hidden(backbone: Backbone, tree: TokenTree, rows_R: Tensor | None = None) -> Tensor:
+def _padded_hidden(backbone: Backbone, tree: TokenTree, rows_R: Tensor | None = None, recompute: None = None) -> Tensor:
+    """recompute: as in `Backbone.hidden`; here everything is kept."""
     rows = torch.as_tensor(np.maximum(tree.paths, 0), device=tree.token_ids.device)
     real = torch.as_tensor(tree.paths >= 0, device=rows.device)
     ids = torch.where(real, tree.token_ids[rows], 0)
