@@ -251,11 +251,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         return _say(f"error: {error}", EXIT_USER_ERROR)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        first = " ".join(str(error).split())[:240]
-        return _say(f"error: out of memory ({first}); fastppo plan says what a run takes", EXIT_USER_ERROR)
     except Interrupted as stop:
         return _say(str(stop), 128 + stop.signum)
     except KeyboardInterrupt:
@@ -264,6 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left (`| head`). Python would complain once more when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        first = " ".join(str(error).split())[:240]
+        return _say(f"error: out of memory ({first}); fastppo plan says what a run takes", EXIT_USER_ERROR)
     return status
 
 
