@@ -83,7 +83,7 @@ class Device:
 
     @property
     def usable(self) -> int:
-        return int(self.memory * (1 - GAPS)) - CONTEXT if self.cuda else self.memory
+        return max(0, int(self.memory * (1 - GAPS)) - CONTEXT) if self.cuda else self.memory
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import re
 import signal
 
 # What torch, Triton, CUDA and its libraries say where they raise a plain RuntimeError. cuBLAS calls a handle that found no
-# memory not initialised.
+# memory not initialised, oneDNN says no more than that it could not create what it needed memory for.
 _OUT_OF_MEMORY = re.compile(
     "out of memory|can't allocate memory|not enough memory|"
-    "CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED|could not create a (primitive|memory)",
     re.IGNORECASE,
 )
 

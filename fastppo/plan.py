@@ -23,6 +23,7 @@ from fastppo.model.adapters import add_policy
 from fastppo.model.llama_trunk import LlamaTrunk
 from fastppo.model.load import be_quiet, first_line, load_tokenizer, pick_device, pick_dtype, source_of
 from fastppo.tasks import get_task, load_data
+from fastppo.tasks.data import looks_like_path
 
 WHEN = {"always": "all the time", "update": "in an update", "sampling": "while sampling", "device": "beside tensors"}
 
@@ -97,7 +98,8 @@ def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, tuple[str, ...]
     """
     allowed = Prompts.longest_allowed(sizes, config)
     task, why = get_task(config.task), ""
-    if config.data is not None and not os.path.exists(os.path.expanduser(config.data)):
+    on_disk = config.data is None or os.path.exists(os.path.expanduser(config.data))
+    if not on_disk and not looks_like_path(str(config.data)):
         why = f"data {config.data!r} is not on this disk"
     else:
         try:

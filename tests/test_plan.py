@@ -76,12 +76,18 @@ def test_what_does_not_fit_ends_with_1_and_says_what_to_change(world: World, cap
     assert status == 1 and "it does not fit" in out and "--sample-slots to" in out
 
 
+def test_a_gpu_that_cuda_alone_fills(world: World, capsys):
+    status, out = planned(capsys, world, "--model", str(world.model), "--gpu", "1GiB")
+    assert status == 1 and "of 0.0 KiB that a GPU of 1GiB has for tensors" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         (["--gpu", "a100"], "--gpu: 'a100' is not allowed; expected one of l4, "),
         (["--gpu", "l4", "--device", "cpu"], "--gpu and --device cpu: not both"),
         (["--model", "/no/such/model"], "model '/no/such/model': no such folder"),
+        (["--data", "/no/such/data"], "data '/no/such/data' is missing, there is no such file or folder"),
         (["--lora-targets", "q_prj"], "--lora-targets: 'q_prj'"),
         (["--ppo-lr", "-1"], "--ppo-lr: '-1' is not allowed"),
         (["--ppo-lrr", "1"], "plan: unknown flag --ppo-lrr; did you mean --ppo-lr"),

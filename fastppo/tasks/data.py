@@ -60,7 +60,7 @@ def load_data(task: Task, data: str | None = None, seed: int = 0) -> Dataset:
         # stat, because exists() takes a folder that may not be entered for a missing one
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        if _looks_like_path(data):
+        if looks_like_path(data):
             raise UserError(
                 f"data {data!r} is missing, there is no such file or folder: give a folder with train and dev "
                 f"files ({' '.join(READERS)}), one such file, or a hub name such as {':'.join(task.hub)}"
@@ -71,7 +71,7 @@ def load_data(task: Task, data: str | None = None, seed: int = 0) -> Dataset:
     return _load_folder(task, path, data) if path.is_dir() else _load_file(task, path, data, seed)
 
 
-def _looks_like_path(data: str) -> bool:
+def looks_like_path(data: str) -> bool:
     return (
         data.startswith((".", "/", "~"))
         or data.endswith("/")
