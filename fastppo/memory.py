@@ -151,21 +151,17 @@ class _Trunk:
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def norm(self, rows: int, width: int) -> int:
-        """The bytes of a norm's result, which stays."""
+    def norm(self, rows: int, width: int, wider: int = 8) -> int:
+        """The bytes of a norm's result, which stays. wider: bytes an entry of what is float32 beside it in half precision."""
         out = self.size(rows, width)
         self.walk.take(out)
         if not self.machine.cuda:
             # The quotient before the weight; in half precision also a float32 copy and the quotient in float32.
-            self.walk.use(out if self.machine.itemsize == 4 else 8 * rows * width)
+            self.walk.use(out if self.machine.itemsize == 4 else wider * rows * width)
         return out
 
     def norm_backward(self, rows: int, width: int) -> int:
-        out = self.size(rows, width)
-        self.walk.take(out)
-        if not self.machine.cuda:
-            self.walk.use(out if self.machine.itemsize == 4 else 12 * rows * width)
-        return out
+        return self.norm(rows, width, wider=12)
 
     def _weights(self, group: int, rows: int) -> tuple[int, int]:
         """(folded weights of a group's product, what is alive besides while they are made); 0 where there are none."""

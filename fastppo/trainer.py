@@ -33,6 +33,7 @@ from fastppo.interrupt import Interruptible
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import load_base
 from fastppo.model.nf4 import in_4_bits
+from fastppo.model.out_of_memory import shrink_micro_batch, with_less_memory
 from fastppo.rewards.rules import answer_reward
 from fastppo.rewards.stream import RewardStream
 from fastppo.rollout.sampler import Sampling, generate
@@ -123,9 +124,15 @@ def ppo_iteration(
             rollout, minibatches=config.ppo.minibatches, budget=model.micro_batch_tokens,
             padded=not model.backbone.packed, device=model.device, rng=_rng(config, PPO_UPDATE, step),
         )  # fmt: skip
-        estimates = ppo.estimate(
-            model, minibatches, rollout, rewards, kl_coef, config, before_update=step > 0 and not critic_only
-        )
+        estimates = with_less_memory(
+            model,
+            "estimating advantages",
+            partial(
+                ppo.estimate, model, minibatches, rollout, rewards, kl_coef, config,
+                before_update=step > 0 and not critic_only,
+            ),
+            partial(shrink_micro_batch, model, minibatches),
+        )  # fmt: skip
     check(estimates)
     with timed("update"):
         factor = optim.lr_factor(step, config.ppo.iterations, config.ppo.warmup, config.ppo.schedule)

@@ -12,7 +12,7 @@ from tiny import KINDS
 from fastppo import checkpoint, cli, trainer
 from fastppo.algorithms import ppo
 from fastppo.algorithms.optim import make_optimizer
-from fastppo.batch.rollout import MicroBatch, pack
+from fastppo.batch.rollout import MicroBatch, MiniBatch, pack
 from fastppo.errors import UserError, is_out_of_memory
 from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.out_of_memory import shrink_micro_batch, with_less_memory
@@ -216,17 +216,17 @@ def test_what_is_out_of_memory():
 
 def test_nothing_smaller_is_left():
     model = make_model("llama")
-    parts = pack(random_prompts(0, 4), [(i, [7, 8]) for i in range(4)], budget=BUDGET, padded=False, device="cpu")
+    mini = MiniBatch(pack(random_prompts(0, 4), [(i, [7, 8]) for i in range(4)], budget=BUDGET, padded=False, device="cpu"))
     seen: list[str] = []
     model.notice = seen.append
 
     def attempt():
-        parts[:] = [piece for part in parts for piece in part.cut(model.micro_batch_tokens, padded=False)]
+        mini.parts = [piece for part in mini.parts for piece in part.cut(model.micro_batch_tokens, padded=False)]
         run_out(model.micro_batch_tokens)
 
     with pytest.raises(UserError, match=r"^out of memory while trying, even one sample at a time \(CUDA out of memory\."):
-        with_less_memory(model, "trying", attempt, lambda: shrink_micro_batch(model, parts))
-    assert len(parts) == 4 and len(seen) == 1  # cut in two, each of which no longer fits in half of what all took
+        with_less_memory(model, "trying", attempt, lambda: shrink_micro_batch(model, [mini]))
+    assert len(mini.parts) == 4 and len(seen) == 1  # cut in two, each of which no longer fits in half of what all took
 
 
 def test_other_errors_pass():

@@ -20,7 +20,7 @@ from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.out_of_memory import shrink_micro_batch, with_less_memory
 from fastppo_kernels import gae, linear_ppo_loss, ppo_value_loss, reduce_metrics, whiten
 
-KL_HORIZON = 10_000  # samples over which the KL weight adapts: Ziegler et al.'s, and of all who followed
+KL_HORIZON = 10_000  # samples over which the KL weight adapts: Ziegler et al. 2019's, and N+'s
 
 
 class Estimates(NamedTuple):
@@ -54,23 +54,6 @@ def estimate(
         before_update: ``update`` follows on the same weights, so the first mini-batch, where one forward holds it, keeps what
             backward needs, and the first step has no forward to do.
     """
-    return with_less_memory(
-        model,
-        "estimating advantages",
-        lambda: _estimate(model, minibatches, rollout, rewards, kl_coef, config, before_update),
-        lambda: shrink_micro_batch(model, [part for mini in minibatches for part in mini.parts]),
-    )
-
-
-def _estimate(
-    model: ActorCritic,
-    minibatches: list[MiniBatch],
-    rollout: Rollout,
-    rewards: list[float],
-    kl_coef: float,
-    config: Config,
-    before_update: bool,
-) -> Estimates:
     for mini in minibatches:
         _fit(model, mini)
         for part in mini.parts:
@@ -154,7 +137,7 @@ def update(
                 model,
                 "updating",
                 partial(_gradients, model, optimizer, mini, kl_coef, config, critic_only),
-                lambda mini=mini: shrink_micro_batch(model, mini.parts),  # type: ignore[misc]
+                partial(shrink_micro_batch, model, [mini]),
             )
             optimizer.step()
             norms.append(norm)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from fastppo.batch.rollout import MicroBatch, pack
+from fastppo.batch.rollout import MiniBatch, pack
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import ActorCritic
@@ -26,33 +28,32 @@ def sft_step(
     Returns:
         loss (nats per token), grad_norm, tokens_tree and tokens_padded.
     """
-    parts: list[MicroBatch] = []
+    mini = MiniBatch([])
 
     def gradients() -> tuple[torch.Tensor, torch.Tensor]:
-        parts[:] = pack(
+        mini.parts = pack(
             prompts,
             list(enumerate(answers)),
             budget=model.micro_batch_tokens,
             padded=not model.backbone.packed,
             device=model.device,
         )
-        total = sum(part.tree.n_actions for part in parts)
         optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), device=model.device)
-        for part in parts:
+        for part in mini.parts:
             logprob, _ = model.policy_logprob(part.tree, temperature=1.0)
-            loss = -logprob.sum() / total
+            loss = -logprob.sum() / mini.n_actions
             loss.backward()
             loss_sum += loss.detach()
         return loss_sum, torch.nn.utils.clip_grad_norm_(model.trainable(), config.ppo.max_grad_norm)
 
-    loss_sum, norm = with_less_memory(model, "fine-tuning", gradients, lambda: shrink_micro_batch(model, parts))
+    loss_sum, norm = with_less_memory(model, "fine-tuning", gradients, partial(shrink_micro_batch, model, [mini]))
     if not torch.isfinite(loss_sum + norm):
         raise UserError("the loss is no longer finite: supervised fine-tuning has diverged; lower --sft-lr")
     optimizer.step()
     return {
         "loss": float(loss_sum),
         "grad_norm": float(norm),
-        "tokens_tree": sum(part.tree.n_tokens for part in parts),
-        "tokens_padded": sum(part.tree.padded_tokens for part in parts),
+        "tokens_tree": sum(part.tree.n_tokens for part in mini.parts),
+        "tokens_padded": sum(part.tree.padded_tokens for part in mini.parts),
     }

@@ -47,7 +47,6 @@ class MicroBatch:
     known: dict[str, Tensor] = field(default_factory=dict)
     states: tuple[Tensor, Tensor] | None = None
 
-
     def cut(self, budget: int, *, padded: bool) -> list[MicroBatch]:
         """Pieces of at most ``budget`` tokens, or of one sample, with what is known of each.
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from fastppo.batch.rollout import MicroBatch
+from fastppo.batch.rollout import MiniBatch
 from fastppo.errors import UserError, is_out_of_memory
 from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.load import first_line
@@ -45,8 +45,9 @@ def with_less_memory(model: ActorCritic, phase: str, attempt: Callable[[], T], s
         model.notice(f"out of memory while {phase}: done again, and the run goes on, with {how}")
 
 
-def shrink_micro_batch(model: ActorCritic, parts: Sequence[MicroBatch]) -> str | None:
-    """Half of the largest of these micro-batches that can be cut."""
+def shrink_micro_batch(model: ActorCritic, minibatches: Sequence[MiniBatch]) -> str | None:
+    """Half of the largest micro-batch of these that can be cut."""
+    parts = [part for mini in minibatches for part in mini.parts]
     sizes = [model.tokens_of(part.tree) for part in parts if len(part.samples) > 1]
     if not sizes:
         return None

@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs: all launches of a step, some twenty a layer, become one.
+"""Decoding steps as CUDA graphs: all launches of a step become one.
 
 A graph has fixed shapes, so there is one for each bucket of rows and of keys. What it reads and writes lies where it lay when
 the graph was made: the newest tokens and the lengths are copied to buffers of their own first; caches, weights and adapters
@@ -22,7 +22,7 @@ from fastppo.model.backbone import Backbone
 
 VARIABLE = "FASTPPO_CUDA_GRAPHS"
 
-# New tokens from which on graphs are made: making one takes about three steps, and the end of a batch needs several.
+# New tokens from which on graphs are made: making one runs the step twice, and the end of a batch needs several. A guess.
 GRAPHS_FROM = 32
 KEYS = 128  # a bucket of keys is a multiple of that
 MAKE_AT = 3  # the step of a bucket that is made a graph: a bucket that is left at once is worth none
