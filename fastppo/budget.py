@@ -23,11 +23,11 @@ from fastppo.batch.token_tree import build_tree, common_prefix
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.machine import memory_of_host
-from fastppo.memory import DTYPES, GROUPS, Attention, Batch, Head, Layer, Machine
+from fastppo.memory import DTYPES, GROUPS, Batch, Head, Layer, Machine
 from fastppo.model.adapters import POLICY, adapter_tensors
 from fastppo.model.llama_trunk import window_of
 from fastppo.rollout.decoder import FOLD_FROM
-from fastppo_kernels import TreeLayout, row_multiple
+from fastppo_kernels import AttentionMemory, TreeLayout, attention_memory, row_multiple
 
 GIB = 1 << 30
 # GiB as torch finds them, which is less than the names say.
@@ -337,12 +337,14 @@ class Budget:
                 starts.append(len(prompt))
         return Batch(tokens, rows, actions, self.attention(build_tree(sequences, starts).layout))
 
-    def attention(self, layout: TreeLayout) -> Attention:
+    def attention(self, layout: TreeLayout) -> AttentionMemory:
         """On a CPU."""
-        assert self.sizes.layer is not None
-        if self.sizes.windowed:
-            return memory.torch_attention(layout, self.sizes.layer)
-        return memory.cpu_attention(layout, self.sizes.layer, self._machine, self.device.threads)
+        layer, sizes = self.sizes.layer, self.sizes
+        assert layer is not None
+        return attention_memory(
+            layout, layer.heads, layer.kv_heads, layer.head_dim, DTYPES[sizes.itemsize],
+            backend="torch" if sizes.windowed else "cpu", threads=self.device.threads,
+        )  # fmt: skip
 
     def takes(self, tokens: int, activations: str) -> int:
         return sum(part.bytes for part in self.update(tokens, activations))

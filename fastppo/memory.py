@@ -7,15 +7,14 @@ are tokens of the packed tree; all results are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastppo.model.llama_trunk import FEWEST_PADDED
-from fastppo_kernels import TreeLayout, _attention_cpu, _attention_tiles
+from fastppo_kernels import AttentionMemory
+from fastppo_kernels.attention_memory import Walk
 from fastppo_kernels.linear_logprob import chosen_chunk_rows
 
 # A layer's projections, those of one input together.
@@ -76,25 +75,13 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What an attention takes besides queries, keys, values, its result and their gradients.
-
-    kept: for backward, a layer. forward, backward: while it runs.
-    """
-
-    kept: int = 0
-    forward: int = 0
-    backward: int = 0
-
-
-@dataclass(frozen=True)
 class Batch:
     """tokens: of the tree. rows: of them, those whose hidden state the head reads. actions: targets of those rows."""
 
     tokens: int
     rows: int
     actions: int
-    attention: Attention = Attention()
+    attention: AttentionMemory = AttentionMemory()
 
 
 @dataclass(frozen=True)
@@ -111,32 +98,13 @@ class Head:
         """Of so many rows of logits with what is made of them."""
         if cuda:  # their gradient is made where they are
             return rows * self.vocab * self.itemsize
-        return rows * self.vocab * (8 if self.itemsize == 4 else 12)
-
-
-class _Walk:
-    """Bytes alive now and the most there were."""
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-
-    def take(self, *sizes: int) -> None:
-        self.now += sum(sizes)
-        self.most = max(self.most, self.now)
-
-    def drop(self, *sizes: int) -> None:
-        self.now -= sum(sizes)
-
-    def use(self, *sizes: int) -> None:
-        """Alive for a moment."""
-        self.take(*sizes)
-        self.drop(*sizes)
+        return rows * self.vocab * (8 if self.itemsize == 4 else 10)
 
 
 class _Trunk:
     """A layer's forward and backward on a walk."""
 
-    def __init__(self, walk: _Walk, layer: Layer, machine: Machine, batch: Batch, last: bool):
+    def __init__(self, walk: Walk, layer: Layer, machine: Machine, batch: Batch, last: bool):
         self.walk, self.layer, self.machine, self.batch = walk, layer, machine, batch
         self.rows_asked = last
         self.tokens = batch.tokens
@@ -244,7 +212,7 @@ class _Trunk:
         attended = size(tokens, layer.queries)
         lse = 4 * tokens * layer.heads
         walk.take(attended, lse)
-        walk.use(self.batch.attention.forward)
+        walk.use(self.batch.attention.recorded if record else self.batch.attention.forward)
         walk.take(self.batch.attention.kept if record else 0)
         inputs = both + (copied_v or size(padded, layer.keys))
         if not record:
@@ -330,7 +298,7 @@ class _Trunk:
 
 def layer_forward(layer: Layer, machine: Machine, batch: Batch) -> int:
     """The most that is alive in one layer's forward without gradients."""
-    walk = _Walk()
+    walk = Walk()
     _Trunk(walk, layer, machine, batch, False).forward(False)
     return walk.most
 
@@ -346,7 +314,7 @@ def micro_batch(
         passes: 2 where the critic has a trunk of its own adapters.
         chunk: with the head's chunk of logits; without, what the trunk takes is left.
     """
-    walk = _Walk()
+    walk = Walk()
     again = activations != "keep"
     trunks = [_Trunk(walk, layer, machine, batch, i == layers - 1) for i in range(layers)]
     x = trunks[0].size(trunks[0].padded, layer.hidden)
@@ -386,7 +354,7 @@ def micro_batch(
     return walk.most
 
 
-def _head(walk: _Walk, last: _Trunk, head: Head, machine: Machine, batch: Batch, chunk: bool) -> None:
+def _head(walk: Walk, last: _Trunk, head: Head, machine: Machine, batch: Batch, chunk: bool) -> None:
     """Log-probs, loss, and the gradient of the hidden state, which stays."""
     hidden = last.size(batch.rows, last.layer.hidden)
     all_rows = machine.padded(batch.rows, machine.multiple)
@@ -413,109 +381,7 @@ def _head(walk: _Walk, last: _Trunk, head: Head, machine: Machine, batch: Batch,
 # -- attention ------------------------------------------------------------------------------------------------------------
 
 
-class _Tile(NamedTuple):
-    """Of a long segment: queries of all heads, keys that they see, and whether there are padded queries among them."""
-
-    queries: int
-    keys: int
-    padded: bool
-
-
-def _tiles(queries: int, above: int, layer: Layer) -> tuple[int, list[_Tile]]:
-    """(keys, tiles) as `_attention_tiles.make_segment` has them, without their masks, which have an entry for each pair."""
-    multiple, each = _attention_tiles.MULTIPLE, layer.heads // layer.kv_heads
-    count = queries + -queries % multiple
-    keys = above + count + -(above + count) % multiple
-    step = min(max(_attention_tiles.MOST_SCORES // (each * keys) // multiple * multiple, multiple), count)
-    tiles = []
-    for start in range(0, queries, step):
-        stop = min(start + step, count)
-        seen = above + stop + -(above + stop) % multiple
-        tiles.append(_Tile(layer.heads * (stop - start), seen, stop > queries))
-    return keys, tiles
-
-
-def cpu_attention(layout: TreeLayout, layer: Layer, machine: Machine, threads: int) -> Attention:
-    """Of the back end `cpu` on this tree, from the calls that it will make (`fastppo_kernels._attention_cpu`)."""
-    tokens, queries, keys = layout.n_queries, 4 * layer.queries, 4 * layer.keys
-    forward, backward = _Walk(), _Walk()
-    kept = 0
-    if machine.itemsize < 4:  # float32 copies of what comes and of the result, which backward wants too
-        forward.take(tokens * (queries + 2 * keys))
-        backward.take(tokens * (2 * queries + 2 * keys))
-        kept += tokens * queries
-    segments, taken = [], set()
-    for number, own, path in _attention_cpu._segments(layout) if machine.multiple > 1 else ():
-        if _attention_tiles.is_long(len(own), len(path) + len(own), layer.heads, layer.kv_heads, layer.head_dim):
-            segments.append(_tiles(len(own), len(path), layer))
-            taken.add(number)
-    if segments:
-        kept += _long(forward, backward, segments, tokens, layer)
-    before = 0, 0  # what the call before gave is there until this one gives something
-    for block in _attention_cpu._blocks(layout, frozenset(taken)):
-        n_q, n_k = (rows.numel() if isinstance(rows, Tensor) else rows.stop - rows.start for rows in block[:2])
-        # Copies, where no slice will do.
-        q, k = (n * isinstance(rows, Tensor) for n, rows in zip((n_q * queries, n_k * keys), block[:2], strict=True))
-        results = n_q * (queries + 4 * layer.heads), n_q * queries + 2 * n_k * keys
-        real = n_q * queries if block.q_place_M is not None else 0
-        inside = threads * _flash_buffer(block, layer.head_dim)
-        forward.take(q, 2 * k, results[0])
-        forward.use(inside)
-        forward.drop(q, 2 * k, before[0])
-        forward.use(real, 0 if block.own else q)
-        backward.take(q)
-        backward.use(q if real else 0, real)
-        backward.take(2 * q, 2 * k, results[1])
-        backward.use(2 * inside)
-        backward.drop(2 * q, 2 * k, before[1])
-        backward.use(real)
-        backward.drop(q)
-        before = results
-    return Attention(kept, forward.most, backward.most)
-
-
-def _flash_buffer(block: _attention_cpu.Block, dim: int) -> int:
-    """What torch's fused kernel takes for a thread: the scores of some queries and keys."""
-    n_q, n_k = (rows.shape[1] if isinstance(rows, Tensor) else rows.stop - rows.start for rows in block[:2])
-    some = 256 if n_q >= 768 else 64 if n_q >= 192 else 32
-    return 4 * min(some, n_q) * (min(512, n_k) + dim)
-
-
-def _long(forward: _Walk, backward: _Walk, segments: Sequence[tuple[int, list[_Tile]]], tokens: int, layer: Layer) -> int:
-    """Of the segments that oneDNN's products take (`fastppo_kernels._attention_tiles`). Returns what is kept."""
-    row, scaled = 4 * layer.head_dim, 4 * tokens * layer.queries
-    scores = sum(4 * tile.queries * tile.keys for _, tiles in segments for tile in tiles)
-    keeps = scores <= _attention_tiles.KEPT_BYTES
-    most = [0, 0]
-    for keys, tiles in segments:
-        own = keys * layer.kv_heads * row
-        for tile in tiles:
-            q, values = tile.queries * row, tile.keys * row
-            of_head = 4 * tile.queries // layer.kv_heads * tile.keys
-            most[0] = max(most[0], 2 * own + 3 * q + of_head + of_head)
-            made = of_head if keeps else 2 * of_head
-            most[1] = max(most[1], 4 * own + 4 * q + (q if tile.padded else 0) + made + values)
-    forward.use(scaled, most[0])
-    backward.use(scaled, max(scaled, most[1]))
-    return scores if keeps else 0
-
-
-def torch_attention(layout: TreeLayout, layer: Layer) -> Attention:
-    """Of the back end `torch` on this tree (`fastppo_kernels._attention_torch`), which a CPU takes where there is a window."""
-    pieces = [(*bucket.q_rows_SQ.shape, bucket.k_rows_SK.shape[1], layout.root) for bucket in layout.buckets]
-    if layout.root > layout.past:
-        pieces.append((1, layout.root - layout.past, layout.root, 0))
-    most = [0, 0]
-    for segments, queries, keys, root in pieces:
-        scores = 4 * segments * queries * layer.heads * (keys + root)
-        q, k = 4 * segments * queries * layer.queries, 4 * segments * keys * layer.keys
-        most[0] = max(most[0], 3 * q + 2 * k + scores)
-        # Scores, probabilities and the scores' gradient; the gradient of the result, and that of the queries.
-        most[1] = max(most[1], 3 * scores + 4 * q + 3 * k)
-    return Attention(0, most[0], most[1])
-
-
-def library_attention(paths: int, tokens: int, layer: Layer, machine: Machine) -> Attention:
+def library_attention(paths: int, tokens: int, layer: Layer, machine: Machine) -> AttentionMemory:
     """Of FlashAttention over gathered keys and values (`fastppo_kernels._attention_varlen`); never measured.
 
     paths: rows of all segments' root paths together.
@@ -523,4 +389,4 @@ def library_attention(paths: int, tokens: int, layer: Layer, machine: Machine) -
     keys, wide = paths * layer.keys * machine.itemsize, paths * layer.queries * machine.itemsize
     grouped = 2 * wide if layer.kv_heads < layer.heads else 0  # gradients by query head, before they are added up
     sums = 4 * tokens * layer.queries  # of dQ, float32
-    return Attention(0, 2 * keys, 4 * keys + grouped + sums)
+    return AttentionMemory(0, 2 * keys, 2 * keys, 4 * keys + grouped + sums)

@@ -5,6 +5,7 @@ Every operation has a readable torch implementation that runs on any device, the
 """
 
 from .attention import TreeLayout, attention, attention_backends, decode_attention, tree_attention
+from .attention_memory import AttentionMemory, attention_memory
 from .decoder_layer import DecoderWeights, decoder_layer
 from .frozen_linear import frozen_linear, row_multiple
 from .gae import gae, whiten
@@ -26,6 +27,7 @@ from .token_logprob import selective_log_softmax, token_logprob
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionMemory",
     "DecoderWeights",
     "KLEstimator",
     "LoRAProjection",
@@ -35,6 +37,7 @@ __all__ = [
     "adapter_mask",
     "attention",
     "attention_backends",
+    "attention_memory",
     "decode_attention",
     "decoder_layer",
     "frozen_linear",

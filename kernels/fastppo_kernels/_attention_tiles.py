@@ -107,6 +107,7 @@ def forward(segments: Sequence[Segment], q: Tensor, k: Tensor, v: Tensor, out: T
                 parts.append(onednn_linear(p, v_head[: tile.keys].t()))
                 if keep:
                     kept.append(p)
+                del p  # before the next is made
             tile.put(out, torch.stack(parts))
     return kept
 
@@ -142,6 +143,7 @@ def backward(
                 ds = onednn_linear(do, v_head).sub_(total).mul_(p)
                 dk_part[i, :, : tile.keys] += onednn_linear(q_head.t().contiguous(), ds.t())
                 parts.append(onednn_linear(ds, k_head.t()))
+                del p, ds  # before the next are made
             tile.put(dq, torch.stack(parts).mul_(scale))
         for total, part in ((dk, dk_part), (dv, dv_part)):
             add_rows_(total, k_rows.flatten(), part.transpose(1, 2).flatten(0, 1))

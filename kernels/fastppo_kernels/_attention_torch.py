@@ -113,6 +113,7 @@ def forward(
         )
         work.scatter(out, _ungroup_heads(o, q.shape[1]))
         stored.append(lse)
+        del work, o  # before the next is made
     return out, stored
 
 
@@ -129,33 +130,50 @@ def backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV; with ``stored`` None the denominators are found again from the scores."""
-    heads, kv_heads, root = q.shape[1], k.shape[1], layout.root
     dq = q.new_zeros(q.shape)
     # fp32 sums: a prefix row gathers the gradient of every segment below it.
     dk, dv = (torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device) for x in (k, v))
     for i, work in enumerate(_pieces(q, k, v, layout, window)):
-        s_root, s_own = _scores(work.q, work.k_root, work.k_own, work.hide_root, work.hide_own, scale, softcap)
-        lse = stored[i] if stored is not None else _log_total(s_root, s_own)
-        p_root, p_own = (s_root - lse).exp_(), (s_own - lse).exp_()
-        do = _group_heads(work.gather(d_out), kv_heads)
-        delta = (do * _group_heads(work.gather(out), kv_heads)).sum(-1, keepdim=True)
-        ds_own = (do @ work.v_own.transpose(2, 3)).sub_(delta).mul_(p_own)
-        ds_root = _by_root(do, work.v_root.transpose(1, 2)).sub_(delta).mul_(p_root)
-        if softcap is not None:
-            for ds, s in ((ds_root, s_root), (ds_own, s_own)):
-                ds.mul_(1 - (s.masked_fill(s == -torch.inf, 0.0) / softcap).square())
-        dq_piece = ds_own @ work.k_own
-        if work.k_root.shape[1]:
-            dq_piece += _by_root(ds_root, work.k_root)
-        work.scatter(dq, _ungroup_heads(dq_piece.mul_(scale), heads))
-        dk_own = (ds_own.transpose(2, 3) @ work.q).mul_(scale)
-        work.add_own(dk, dk_own)
-        work.add_own(dv, p_own.transpose(2, 3) @ do)
-        if work.k_root.shape[1]:
-            q_flat, do_flat = (x.transpose(0, 1).flatten(1, 2) for x in (work.q, do))
-            dk[:root] += (ds_root.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ q_flat).mul_(scale).transpose(0, 1)
-            dv[:root] += (p_root.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ do_flat).transpose(0, 1)
+        lse = stored[i] if stored is not None else None
+        _add_gradients(work, d_out, out, lse, (dq, dk, dv), scale, softcap)
+        del work  # before the next is made
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _add_gradients(
+    work: _Piece,
+    d_out: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    totals: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Those of one piece: into the rows of dQ, and onto dK and dV."""
+    (dq, dk, dv), kv_heads, root = totals, work.k_own.shape[1], work.k_root.shape[1]
+    s_root, s_own = _scores(work.q, work.k_root, work.k_own, work.hide_root, work.hide_own, scale, softcap)
+    if lse is None:
+        lse = _log_total(s_root, s_own)
+    # In the place of the scores, but where those are wanted once more.
+    p_root, p_own = ((s.sub_(lse) if softcap is None else s - lse).exp_() for s in (s_root, s_own))
+    do = _group_heads(work.gather(d_out), kv_heads)
+    delta = (do * _group_heads(work.gather(out), kv_heads)).sum(-1, keepdim=True)
+    ds_own = (do @ work.v_own.transpose(2, 3)).sub_(delta).mul_(p_own)
+    ds_root = _by_root(do, work.v_root.transpose(1, 2)).sub_(delta).mul_(p_root)
+    if softcap is not None:
+        for ds, s in ((ds_root, s_root), (ds_own, s_own)):
+            ds.mul_(1 - (s.masked_fill(s == -torch.inf, 0.0) / softcap).square())
+    dq_piece = ds_own @ work.k_own
+    if root:
+        dq_piece += _by_root(ds_root, work.k_root)
+    work.scatter(dq, _ungroup_heads(dq_piece.mul_(scale), dq.shape[1]))
+    dk_own = (ds_own.transpose(2, 3) @ work.q).mul_(scale)
+    work.add_own(dk, dk_own)
+    work.add_own(dv, p_own.transpose(2, 3) @ do)
+    if root:
+        q_flat, do_flat = (x.transpose(0, 1).flatten(1, 2) for x in (work.q, do))
+        dk[:root] += (ds_root.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ q_flat).mul_(scale).transpose(0, 1)
+        dv[:root] += (p_root.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ do_flat).transpose(0, 1)
 
 
 def _log_total(s_root: Tensor, s_own: Tensor) -> Tensor:
@@ -299,19 +317,27 @@ def _hidden(bucket: Bucket, root: int, window: int | None) -> tuple[Tensor | Non
 
 
 def _pieces(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int | None):
-    kv_heads, root, past = k.shape[1], layout.root, layout.past
+    root, past = layout.root, layout.past
     work = accumulate_dtype(q.dtype)
     k_root, v_root = (x[:root].to(work).transpose(0, 1) for x in (k, v))
     if root > past:  # the root rows themselves, attending to each other
         hide = layout.keep(f"hidden root {window}", partial(_hidden_in_root, layout, window))
         rows = slice(0, root - past)
-        q_root = _group_heads(q[None, rows].to(work), kv_heads)
-        yield _Piece(None, rows, q_root, k_root[:, :0], v_root[:, :0], k_root[None], v_root[None], None, hide)
+        own = _group_heads(q[None, rows].to(work), k.shape[1]), k_root[:, :0], v_root[:, :0], k_root[None], v_root[None]
+        yield _Piece(None, rows, *own, None, hide)
+        del own
     for i, bucket in enumerate(layout.buckets):
-        q_piece = _group_heads(_rows(q, bucket.q_rows_SQ).to(work), kv_heads)
-        k_own, v_own = (_rows(x, bucket.k_rows_SK).to(work).transpose(1, 2) for x in (k, v))
         hide_root, hide_own = layout.keep(f"hidden {i} {window}", partial(_hidden, bucket, root, window))
-        yield _Piece(bucket, slice(0), q_piece, k_root, v_root, k_own, v_own, hide_root, hide_own)
+        yield _piece(bucket, q, k, v, k_root, v_root, hide_root, hide_own)
+
+
+def _piece(
+    bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, k_root: Tensor, v_root: Tensor, hide_root: Tensor | None, hide_own: Tensor
+) -> _Piece:
+    """By a function of its own: the generator would keep what it has names for until it has the next."""
+    q_piece = _group_heads(_rows(q, bucket.q_rows_SQ).to(k_root.dtype), k.shape[1])
+    k_own, v_own = (_rows(x, bucket.k_rows_SK).to(k_root.dtype).transpose(1, 2) for x in (k, v))
+    return _Piece(bucket, slice(0), q_piece, k_root, v_root, k_own, v_own, hide_root, hide_own)
 
 
 def decode_attention(
