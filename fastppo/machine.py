@@ -23,7 +23,6 @@ import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import fastppo
@@ -329,24 +328,17 @@ def _device() -> Any:
     return pick_device("auto")
 
 
-def _stand_in(dtype: Any = None) -> Any:
-    """What the dispatchers look at in a tensor on the device of training, without memory on that device."""
-    device = _device()
-    return SimpleNamespace(is_cuda=device.type == "cuda", device=device, dtype=dtype, shape=(1, 1, HEAD_SIZE))
-
-
 def _back_end(name: str) -> dict[str, Any]:
     """state: "usable", or why it is not in this installation."""
-    # Each on its own, unlike `attention_backends`: one that breaks hides no other.
-    from fastppo_kernels.attention import _missing
+    from fastppo_kernels import attention_backends
 
-    return {"state": _missing(name) or "usable"}
+    return {"state": attention_backends(name)[name]}  # each on its own: one that breaks hides no other
 
 
 def _attention() -> dict[str, Any]:
     """taken: the back end that the trainer's calls get; error: why they get none."""
     from fastppo.model.load import pick_dtype
-    from fastppo_kernels.attention import _choose
+    from fastppo_kernels import chosen_attention_backend
 
     dtype = pick_dtype("auto", _device())
     facts = {
@@ -355,7 +347,7 @@ def _attention() -> dict[str, Any]:
         "error": None,
     }
     try:
-        facts["taken"] = _choose(_stand_in(dtype), _stand_in(dtype), None, None, None)
+        facts["taken"] = chosen_attention_backend(_device(), dtype, HEAD_SIZE)
     except ValueError as error:
         facts["error"] = str(error)
     return facts
@@ -363,25 +355,18 @@ def _attention() -> dict[str, Any]:
 
 def _kernels() -> dict[str, Any]:
     """triton: "usable", or why it is not. compiler, headers: with what triton compiles its launchers, None if not there."""
-    from fastppo_kernels._dispatch import interpreting, use_triton
+    from fastppo_kernels import chosen_kernel_backend, kernel_backends
 
     headers = Path(sysconfig.get_path("include"), "Python.h")
     chosen = os.environ.get("CC")
     facts: dict[str, Any] = {
-        "triton": "usable", "taken": None, "error": None, "interpreter": interpreting(),
+        "triton": kernel_backends(_device())["triton"], "taken": None, "error": None,
+        "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
         "compiler": shutil.which(chosen) if chosen else shutil.which("gcc") or shutil.which("clang"),
         "headers": str(headers) if headers.is_file() else None,
     }  # fmt: skip
-    stand_in = _stand_in()
     try:
-        use_triton(stand_in, "triton")
-        importlib.import_module("triton")
-    except ValueError as error:
-        facts["triton"] = str(error).removeprefix("backend 'triton'").lstrip(": ")
-    except (Exception, SystemExit) as error:
-        facts["triton"] = reason(error)
-    try:
-        facts["taken"] = "triton" if use_triton(stand_in, None) else "torch"
+        facts["taken"] = chosen_kernel_backend(_device())
     except ValueError as error:
         facts["error"] = str(error)
     return facts
@@ -400,38 +385,25 @@ def _quantisation() -> dict[str, Any]:
 
 
 def _measured() -> dict[str, Any]:
-    """What the kernels' dispatcher has stored: see `fastppo_kernels._measure`."""
-    from fastppo_kernels import _measure
+    """What the kernels' dispatcher has stored."""
+    from fastppo_kernels import measurements
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folder = _measure._shared(os.environ.get(_measure.VARIABLE)).folder
+    folder, software, files, error = measurements()
     if folder is None:
-        return {"folder": None, "writable": False, "software": _measure._software(), "files": []}
+        return {"folder": None, "writable": False, "software": software, "files": []}
     there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
-    files, error = [], None
-    try:
-        files = [_measured_file(path, _measure._software()) for path in sorted(folder.iterdir()) if path.suffix == ".json"]
-    except FileNotFoundError:
-        pass
-    except OSError as caught:
-        error = reason(caught)
     return {
-        "folder": str(folder), "writable": there.is_dir() and os.access(there, os.W_OK), "software": _measure._software(),
-        "files": files, "error": error,
+        "folder": str(folder), "writable": there.is_dir() and os.access(there, os.W_OK), "software": software,
+        "files": [_measured_file(file) for file in files], "error": None if error is None else reason(error),
     }  # fmt: skip
 
 
-def _measured_file(path: Path, software: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {"file": str(path), "device": path.stem, "software": None, "current": False, "choices": {}}
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        facts["choices"] = {str(key): str(choice) for key, choice in kept["choices"].items()}
-        facts["software"] = str(kept["software"])
-        facts["current"] = kept["software"] == software
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        facts["choices"], facts["error"] = {}, reason(error)
-    return facts
+def _measured_file(file: Any) -> dict[str, Any]:
+    facts = {
+        "file": str(file.path), "device": file.path.stem, "software": file.software, "current": file.current,
+        "choices": file.choices,
+    }  # fmt: skip
+    return facts if file.error is None else facts | {"error": reason(file.error)}
 
 
 def _training() -> dict[str, Any]:

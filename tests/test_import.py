@@ -1,5 +1,6 @@
 """What importing costs: the command line answers without PyTorch, and the kernels need nothing of the engine."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -47,6 +48,17 @@ def test_kernels_need_only_torch_and_triton():
     allowed = loaded_by("import torch") | set(sys.stdlib_module_names) | {"fastppo_kernels", "triton"}
     assert "torch" in with_kernels
     assert with_kernels - allowed == set()
+
+
+def test_the_engine_takes_only_public_names_of_the_kernels():
+    taken = []
+    for path in sorted((REPO / "fastppo").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastppo_kernels":
+                taken += [f"{path.name}: {node.module}.{each.name}" for each in node.names]
+            elif isinstance(node, ast.Import):
+                taken += [f"{path.name}: {each.name}" for each in node.names if each.name.startswith("fastppo_kernels")]
+    assert len(taken) > 20 and [name for name in taken if "._" in name] == []
 
 
 def test_no_package_named_kernels():

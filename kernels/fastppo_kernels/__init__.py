@@ -4,7 +4,16 @@ Every operation has a readable torch implementation that runs on any device, the
 ``backend`` argument also have Triton kernels, which CUDA tensors get by default.
 """
 
-from .attention import TreeLayout, attention, attention_backends, decode_attention, tree_attention
+from ._dispatch import chosen_kernel_backend, kernel_backends
+from ._measure import measurements
+from .attention import (
+    TreeLayout,
+    attention,
+    attention_backends,
+    chosen_attention_backend,
+    decode_attention,
+    tree_attention,
+)
 from .attention_memory import AttentionMemory, attention_memory
 from .decoder_layer import DecoderWeights, decoder_layer
 from .frozen_linear import frozen_linear, row_multiple
@@ -38,16 +47,20 @@ __all__ = [
     "attention",
     "attention_backends",
     "attention_memory",
+    "chosen_attention_backend",
+    "chosen_kernel_backend",
     "decode_attention",
     "decoder_layer",
     "frozen_linear",
     "gae",
+    "kernel_backends",
     "linear_logprob",
     "linear_ppo_loss",
     "linear_sample",
     "lora_gemm",
     "lora_linear",
     "lora_linear_group",
+    "measurements",
     "patch_peft",
     "ppo_loss",
     "ppo_policy_loss",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -210,6 +210,51 @@ def _shared(folder: str | None) -> Chooser:
     except RuntimeError as error:  # once, for what this function returns is remembered
         warnings.warn(f"fastppo_kernels: what is measured cannot be kept in {wanted}: {error}", stacklevel=3)
         return Chooser(None)
+
+
+class MeasuredFile(NamedTuple):
+    """What was chosen on one device: by op, shape and dtype the name of the fastest. current: whether it is used, which it is
+    not where other software wrote it. error: why it cannot be read, else None."""
+
+    path: Path
+    software: str | None
+    current: bool
+    choices: dict[str, str]
+    error: Exception | None
+
+
+class Measurements(NamedTuple):
+    """folder: where choices are kept, None where nothing is. software: of which they have to be. error: why the folder cannot
+    be listed, else None."""
+
+    folder: Path | None
+    software: str
+    files: list[MeasuredFile]
+    error: OSError | None
+
+
+def measurements() -> Measurements:
+    """What is kept of the choices between implementations, by this process and others; nothing is measured."""
+    software = _software()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = _shared(os.environ.get(VARIABLE)).folder
+    try:
+        paths = [] if folder is None else sorted(path for path in folder.iterdir() if path.suffix == ".json")
+    except FileNotFoundError:
+        paths = []
+    except OSError as error:
+        return Measurements(folder, software, [], error)
+    return Measurements(folder, software, [_measured_file(path, software) for path in paths], None)
+
+
+def _measured_file(path: Path, software: str) -> MeasuredFile:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        choices = {str(key): str(choice) for key, choice in kept["choices"].items()}
+        return MeasuredFile(path, str(kept["software"]), kept["software"] == software, choices, None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return MeasuredFile(path, None, False, {}, error)
 
 
 def choose(key: str, candidates: Mapping[str, Candidate], device: torch.device) -> str:

@@ -22,7 +22,7 @@ Autocast changes nothing: each computes as it does without.
 from __future__ import annotations
 
 import os
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -31,10 +31,13 @@ from ._attention_cpu import CpuAttention, refuses
 from ._attention_layout import TreeLayout, check_tree, check_values
 from ._attention_torch import TreeAttention, check_heads, check_options, decode_attention, tree_attention_op
 from ._attention_varlen import LIBRARIES, varlen_attention
-from ._checks import check_device, check_float
+from ._checks import check_device, check_float, check_integer
 from ._gather import Occurrences
 
-__all__ = ["AttentionBackend", "TreeLayout", "attention", "attention_backends", "decode_attention", "tree_attention"]
+__all__ = [
+    "AttentionBackend", "TreeLayout", "attention", "attention_backends", "chosen_attention_backend", "decode_attention",
+    "tree_attention",
+]  # fmt: skip
 
 AttentionBackend = Literal["auto", "flash-attn", "varlen", "xformers", "sdpa", "cpu", "torch"]
 VARIABLE = "FASTPPO_ATTENTION"
@@ -135,9 +138,47 @@ def tree_attention(
     return _run(q, k, v, layout, scale, window, softcap, name)
 
 
-def attention_backends() -> dict[str, str]:
-    """For each back end "usable", or why it is not in this installation."""
-    return {name: _missing(name) or "usable" for name in get_args(AttentionBackend) if name != "auto"}
+def attention_backends(*names: str) -> dict[str, str]:
+    """For each back end, or each of those named, "usable", or why it is not in this installation.
+
+    Libraries are imported for it: with one name, one that breaks hides no other.
+
+    Raises:
+        ValueError: a name that is no back end's.
+    """
+    known = [name for name in get_args(AttentionBackend) if name != "auto"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"a back end must be one of {', '.join(known)}, got {name!r}")
+    return {name: _missing(name) or "usable" for name in names or known}
+
+
+class _Like(NamedTuple):
+    """What the choice looks at in queries and values, without their memory."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def chosen_attention_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *,
+    window: int | None = None, softcap: float | None = None, backend: AttentionBackend | None = None,
+) -> str:  # fmt: skip
+    """The back end that `attention` runs for queries, keys and values of this device, dtype and head size; nothing is made on
+    the device. window, softcap, backend: as in `attention`.
+
+    Raises:
+        ValueError: numbers that scores cannot be made with, an unknown back end, or one that cannot do what is asked.
+    """
+    check_integer("head_dim", head_dim, at_least=1)
+    check_options(None, window, softcap)
+    like: Any = _Like(device, dtype, (1, 1, head_dim))
+    return _choose(like, like, window, softcap, backend)
 
 
 def _run(

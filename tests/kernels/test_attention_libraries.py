@@ -11,7 +11,7 @@ from test_attention import dense, inputs, make_layout, seen
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastppo_kernels import _attention_varlen as varlen
-from fastppo_kernels.attention import TreeLayout, attention, attention_backends, tree_attention
+from fastppo_kernels.attention import TreeLayout, attention, attention_backends, chosen_attention_backend, tree_attention
 
 module = import_module("fastppo_kernels.attention")  # the package's attribute of this name is the function
 NAMES = ("flash-attn", "varlen", "xformers")
@@ -312,18 +312,15 @@ def test_what_a_library_cannot_do(monkeypatch):
 def test_the_choice(monkeypatch):
     """On CUDA the first that can; on the CPU torch's kernel for it, or plain torch."""
     monkeypatch.setattr(module, "_missing", lambda name: "")
-    choose = lambda x, window=None, softcap=None: module._choose(x, x, window, softcap, None)  # noqa: E731
-
-    class OnCuda:
-        def __init__(self, dtype, dim):
-            self.dtype, self.shape, self.device, self.is_cuda = dtype, (3, 2, dim), torch.device("cuda"), True
-
-    half, single, double = (OnCuda(dtype, 64) for dtype in (torch.bfloat16, torch.float32, torch.float64))
-    assert choose(torch.zeros(3, 2, 8)) == "cpu"
-    assert choose(torch.zeros(3, 2, 8), window=3) == choose(torch.zeros(3, 2, 8), softcap=3.0) == "torch"
+    choose = lambda like, **options: chosen_attention_backend(*like, **options)  # noqa: E731
+    cuda = torch.device("cuda")
+    half, single, double = ((cuda, dtype, 64) for dtype in (torch.bfloat16, torch.float32, torch.float64))
+    here = torch.device("cpu"), torch.float32, 8
+    assert choose(here) == "cpu"
+    assert choose(here, window=3) == choose(here, softcap=3.0) == "torch"
     assert choose(half) == "flash-attn" and choose(single) == "xformers"
     assert choose(single, window=3) == "sdpa" and choose(single, softcap=3.0) == "torch"
-    assert choose(OnCuda(torch.float16, 512)) == "xformers" and choose(double) == "torch"
+    assert choose((cuda, torch.float16, 512)) == "xformers" and choose(double) == "torch"
     monkeypatch.setattr(module, "_missing", lambda name: "missing" if name == "flash-attn" else "")
     assert choose(half) == "varlen" and choose(half, window=3) == "varlen" and choose(half, softcap=3.0) == "torch"
     monkeypatch.setattr(module, "_missing", lambda name: "missing")
@@ -349,6 +346,11 @@ def test_what_is_usable_here(monkeypatch):
     assert found["torch"] == found["cpu"] == found["sdpa"] == "usable"
     if not torch.cuda.is_available():
         assert found["varlen"] == "needs a CUDA GPU"
+    monkeypatch.setattr(module, "_found", {})
+    assert attention_backends("cpu", "sdpa") == {"cpu": "usable", "sdpa": "usable"}
+    assert set(module._found) == {"cpu", "sdpa"}  # no other was looked for
+    with pytest.raises(ValueError, match="a back end must be one of flash-attn, .*, torch, got 'auto'"):
+        attention_backends("auto")
 
 
 def test_torchs_functions_are_those_that_are_called():

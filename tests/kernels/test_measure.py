@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo_kernels import _measure
+from fastppo_kernels import _measure, measurements
 from fastppo_kernels._measure import Chooser, bucket, choose
 
 CPU = torch.device("cpu")
@@ -187,6 +187,31 @@ def test_without_a_home_folder_choices_are_in_memory_only(folder, monkeypatch):
         assert [_measure._shared(folder).folder for _ in range(3)] == [None] * 3
     assert len(caught) == 1
     _measure._shared.cache_clear()
+
+
+def test_what_was_measured_is_listed_with_what_is_not_used_and_what_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv(_measure.VARIABLE, str(tmp_path))
+    Chooser(tmp_path, lambda candidate, device: 1.0).choose("op/1", candidates("a", "b"), CPU)
+    (tmp_path / "old.json").write_text('{"software": "torch 1.0", "choices": {"op/1": "b"}}')
+    (tmp_path / "bad.json").write_text('{"software": ')
+    folder, software, (bad, mine, old), error = measurements()
+    assert (folder, error) == (tmp_path, None) and torch.__version__ in software
+    assert (mine.path, mine.software, mine.current, mine.choices) == (tmp_path / "cpu.json", software, True, {"op/1": "a"})
+    assert (old.software, old.current, old.choices) == ("torch 1.0", False, {"op/1": "b"})
+    assert isinstance(bad.error, ValueError) and (bad.current, bad.choices) == (False, {})
+
+
+@pytest.mark.parametrize(("made", "kind"), [(False, None), (True, NotADirectoryError)])
+def test_a_folder_that_is_not_there_or_cannot_be_listed(tmp_path, monkeypatch, made, kind):
+    folder = tmp_path / "folder"
+    if made:
+        folder.write_text("")
+    monkeypatch.setenv(_measure.VARIABLE, str(folder))
+    found = measurements()
+    assert (found.folder, found.files) == (folder, [])
+    assert found.error is None if kind is None else isinstance(found.error, kind)
+    monkeypatch.setenv(_measure.VARIABLE, "")
+    assert measurements().folder is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
