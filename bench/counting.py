@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastppo_kernels import _attention_varlen, _head_ops
+from fastppo_kernels import LoRAWeightBuffer, _attention_varlen, _head_ops
 from fastppo_kernels._dispatch import VARIABLE
 
 aten = torch.ops.aten
@@ -44,7 +44,11 @@ _ATTENTION = {
 }
 _ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 _GATHERS = {aten.index_select, aten.index, aten.gather, aten.embedding}  # read as many rows as they write
-_UNREAD = {aten.copy_, aten.fill_, aten.zero_}  # overwrite what they are given
+_OURS = torch.ops.fastppo_kernels
+# Places of the adapters' matrices that a kernel multiplies what it writes with.
+_PRODUCERS = {_OURS.rms_norm_lora: (4,), _OURS.swiglu_lora: (2,), _OURS.swiglu_backward_lora: (3, 4)}
+_UNREAD = {aten.copy_, aten.fill_, aten.zero_, _OURS.rms_norm_lora, _OURS.swiglu_lora, _OURS.swiglu_backward_lora,
+           _OURS.rope_into}  # overwrite what they are given  # fmt: skip
 _LIKE = {aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like, aten.full_like}  # look at shapes alone
 _COPIES = {aten._to_copy, aten.clone, aten.copy_, aten.cat, aten.stack, aten.constant_pad_nd, aten.roll} | _GATHERS
 
@@ -105,11 +109,16 @@ class Counter(TorchDispatchMode):
 
     Args:
         frozen: weights that make a product one of the frozen base; others are the adapters', batched ones attention's.
+        buffers: that hold frozen weights with adapters beside them. A product with a weight in one is the base's; its FLOPs
+            with the adapter's columns are counted as the adapters', in no launch of their own.
         pairs: of a query and a key that it sees, in all sequences, for the FLOPs of attention.
     """
 
-    def __init__(self, frozen: Iterable[Tensor] = (), pairs: int = 0, device: str = "meta"):
+    def __init__(
+        self, frozen: Iterable[Tensor] = (), pairs: int = 0, device: str = "meta", buffers: Iterable[LoRAWeightBuffer] = ()
+    ):
         super().__init__()
+        self._buffers = {storage_of(buffer.weight): buffer for buffer in buffers}
         self.counts, self.pairs, self.device = Counts(), pairs, device
         self._frozen = {storage_of(x): x for x in frozen}  # held, so that no other tensor gets their places
 
@@ -148,7 +157,8 @@ class Counter(TorchDispatchMode):
                 changed = False
             written += size_of(tensor) if changed else 0
             place = storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
-            if place not in seen and not (changed and (argument.is_out or packet in _UNREAD)):
+            unread = packet in _UNREAD or (packet is aten.addmm_ and kwargs.get("beta") == 0)
+            if place not in seen and not (changed and (argument.is_out or unread)):
                 seen.add(place)
                 read += size_of(tensor)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.device.type == self.device]
@@ -166,12 +176,31 @@ class Counter(TorchDispatchMode):
             kind = FROZEN if any(storage_of(x) in self._frozen for x in (first, second)) else TRAINED
             kind = ATTENTION if packet in _BATCHED else kind
             flops = 2.0 * first.numel() * second.shape[-1]
+            buffer = self._buffers.get(storage_of(second))
+            if buffer is not None:
+                base = _of_base(buffer, second)
+                kind = FROZEN if base else TRAINED
+                if base:
+                    self.counts.add(TRAINED, "beside the base's", Tally(0, 2.0 * first.shape[0] * (second.numel() - base)))
+                    flops = 2.0 * first.shape[0] * base
         elif packet in _ATTENTION:
             place, each = _ATTENTION[packet]
             kind, flops = ATTENTION, float(each * self.pairs * args[place].shape[1] * args[place].shape[-1])
+        elif packet in _PRODUCERS:
+            made_S = sum(args[place].numel() for place in _PRODUCERS[packet])
+            self.counts.add(TRAINED, "made by the producers", Tally(0, 2.0 * len(args[0]) * made_S))
         elif packet in _COPIES:
             kind = COPIES
         self.counts.add(kind, str(packet).removeprefix("aten."), Tally(1, flops, read + written))
+
+
+def _of_base(buffer: LoRAWeightBuffer, factor: Tensor) -> int:
+    """Entries of a product's factor, a view of the buffer or its transpose, that are frozen weights'."""
+    rows = next(size for size, stride in zip(factor.shape, factor.stride(), strict=True) if stride != 1)
+    first, start = divmod(factor.storage_offset(), buffer.weight.stride(0))
+    width = factor.numel() // rows
+    inside = min(start + width, buffer.left + buffer.inputs) - max(start, buffer.left)
+    return max(0, min(first + rows, buffer.outputs) - first) * max(0, inside)
 
 
 def _tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
@@ -252,16 +281,17 @@ def as_on_cuda(counter: Counter) -> Iterator[None]:
 
 def observe(
     forward: Callable[[], Tensor], leaves: Iterable[Tensor], *, frozen: Iterable[Tensor] = (), given: Iterable[Tensor] = (),
-    pairs: int = 0,
+    pairs: int = 0, buffers: Iterable[LoRAWeightBuffer] = (),
 ) -> Counts:  # fmt: skip
     """What forward and backward cost, on meta tensors taken for CUDA tensors.
 
     Args:
         leaves: what gradients are wanted of.
-        frozen, pairs: as for `Counter`. given: as for `Saved`, besides the frozen weights.
+        frozen, pairs, buffers: as for `Counter`. given: as for `Saved`, besides the frozen weights.
     """
-    leaves, frozen = list(leaves), list(frozen)
-    counter, saved = Counter(frozen, pairs), Saved([*frozen, *given])
+    leaves, frozen, buffers = list(leaves), list(frozen), list(buffers)
+    counter = Counter(frozen, pairs, buffers=buffers)
+    saved = Saved([*frozen, *given, *(buffer.weight for buffer in buffers)])
     with as_on_cuda(counter), counter:
         with saved:
             result = forward()

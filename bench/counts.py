@@ -4,15 +4,16 @@
 
 One layer, forward and backward, adapters on all seven linear maps, a bfloat16 base; run on meta tensors (`bench.counting` says
 how and what that misses), so no GPU is needed. The same sequences go through each, without shared prefixes: what a tree spares
-comes on top. `fastppo` is `decoder_layer` as the engine calls it on a GPU: peft's float32 adapters, attention by torch's
-FlashAttention, plain GEMMs for the adapters (what is taken where nothing has been measured). `peft` has float32 adapters, too,
+comes on top. `fastppo` is `decoder_layer` as the engine calls it on a GPU: through bordered buffers, peft's float32 adapters,
+attention by torch's FlashAttention. `peft` has float32 adapters, too,
 as it makes them by itself, without autocast.
 
 The floor has every FLOP that the formulas need, and one pass over what must lie in memory between two products: each norm,
 SwiGLU and rotation reads its inputs once and writes its results once, the residual sums ride along, backward makes again what
 is cheap; inputs and dY are read once more for dA and dB, S and dS are made and used within the other products.
 
-The step: the layers, all alike, then embedding, last norm, head, both losses, clipping and AdamW, every token an action.
+The step: the layers, all alike, the adapters copied into their buffers, then embedding, last norm, head, both losses, clipping
+and AdamW, every token an action.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,8 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from fastppo.algorithms.optim import make_optimizer
-from fastppo.model.llama_trunk import _norm, _weights
-from fastppo_kernels import decoder_layer, linear_ppo_loss, ppo_value_loss
+from fastppo.model.llama_trunk import LlamaTrunk, _norm, _weights
+from fastppo_kernels import LoRAWeightBuffer, decoder_layer, linear_ppo_loss, ppo_value_loss
 from fastppo_kernels._attention_varlen import varlen_attention
 
 from . import models
@@ -101,13 +102,27 @@ def _frozen(model: nn.Module) -> list[Tensor]:
 # -- a layer --------------------------------------------------------------------------------------------------------------
 
 
-def fastppo_layer(case: Case) -> Counts:
+class LayerCall(NamedTuple):
+    """A layer as the engine calls it, and what `observe` is to know of its tensors."""
+
+    run: Callable[[], Tensor]
+    leaves: list[Tensor]
+    frozen: list[Tensor]
+    given: list[Tensor]
+    buffers: tuple[LoRAWeightBuffer, ...]
+
+
+def fastppo_call(case: Case) -> LayerCall:
     model = peft_model(case, torch.float32, "sdpa")
     layer, head_dim = model.model.layers[0], model.model.layers[0].self_attn.head_dim
     x = meta(case.tokens, case.config.hidden_size, grad=True)
     cos, sin = (meta(case.tokens, head_dim) for _ in range(2))
+    trunk = LlamaTrunk(model.model)
+    trunk.border()
+    buffers = trunk.buffers[layer]
     weights = _weights(layer, torch.bfloat16)
     assert weights is not None
+    weights = weights._replace(buffers=buffers)
     cu = meta(case.sequences + 1, dtype=torch.int32)
     index, order, start = (meta(n, dtype=torch.int64) for n in (case.tokens, case.tokens, case.tokens + 1))
 
@@ -116,10 +131,22 @@ def fastppo_layer(case: Case) -> Counts:
         return varlen_attention(q, k, v, cu, cu, index, order, start, *bounds, scale, None, None, "varlen")[0]
 
     adapters, given = _leaves(layer), [cos, sin, cu, index, order, start]
-    return observe(
-        lambda: decoder_layer(x, cos, sin, weights, attend, fold=True), [x, *adapters],
-        frozen=_frozen(layer), given=[*adapters, *given], pairs=case.pairs,
-    )  # fmt: skip
+    run = lambda: decoder_layer(x, cos, sin, weights, attend, fold=True)  # noqa: E731
+    return LayerCall(run, [x, *adapters], _frozen(layer), [*adapters, *given], buffers)
+
+
+def fastppo_layer(case: Case) -> Counts:
+    run, leaves, frozen, given, buffers = fastppo_call(case)
+    return observe(run, leaves, frozen=frozen, given=given, pairs=case.pairs, buffers=buffers)
+
+
+def refreshed(case: Case) -> Counts:
+    """A layer's adapters copied into its buffers, once a step: to the products they are as if they had always been there."""
+    buffers, counter = fastppo_call(case).buffers, Counter()
+    with as_on_cuda(counter), counter:
+        for buffer in buffers:
+            buffer.refresh(force=True)
+    return counter.counts
 
 
 def peft_layer(case: Case, adapters: torch.dtype, attention: str = "sdpa") -> Counts:
@@ -266,6 +293,7 @@ def steps(case: Case, of_layer: dict[str, Counts]) -> dict[str, Counts]:
     for name in (FLOOR, OURS, HALF, PEFT):
         head, update = ends.get(name, (plain, optimizer))
         found[name] = head.plus(update).plus(of_layer[name], number)
+    found[OURS] = found[OURS].plus(refreshed(case), number)
     return found
 
 

@@ -198,6 +198,10 @@ class Prompts(NamedTuple):
         return Prompts(min(config.max_prompt_tokens, max(1, (sizes.positions or config.max_prompt_tokens + new) - new)))
 
 
+def machine_of(cuda: bool, itemsize: int) -> Machine:
+    return Machine(cuda, itemsize, 1 if cuda else row_multiple(torch.device("cpu"), DTYPES[itemsize]))
+
+
 @dataclass(frozen=True)
 class Choice:
     """tokens: of a micro-batch. activations: keep, recompute or offload. notices: what is new to the user in that. too_much:
@@ -246,8 +250,7 @@ class Budget:
 
     @property
     def _machine(self) -> Machine:
-        multiple = 1 if self.device.cuda else row_multiple(torch.device("cpu"), DTYPES[self.sizes.itemsize])
-        return Machine(self.device.cuda, self.sizes.itemsize, multiple)
+        return machine_of(self.device.cuda, self.sizes.itemsize)
 
     @cached_property
     def room(self) -> int:
@@ -260,6 +263,9 @@ class Budget:
         critic = sizes.hidden + 1
         trained = self._adapters * sizes.adapter + critic
         yield Part("base", "always", sizes.base, "its frozen weights")
+        if sizes.layer is not None and self._machine.borders(sizes.layer):
+            beside = sizes.layers * memory.borders(sizes.layer, self._machine)
+            yield Part("borders", "always", beside, "room for an adapter beside each frozen weight")
         numbers = f"{sizes.adapter:,} fp32 parameters of rank {config.lora.rank}"
         yield Part("policy", "always", 4 * sizes.adapter, numbers)
         if config.ppo.iterations and config.ppo.kl_coef > 0 and config.ppo.reference == "start":
@@ -325,7 +331,8 @@ class Budget:
         actions = max(rows, groups * samples * new)
         if self.device.cuda:
             paths = groups * samples * (shared + own + new - 1)
-            return Batch(tokens, rows, actions, memory.library_attention(paths, tokens, self.sizes.layer, self._machine))
+            attention = memory.library_attention(paths, tokens, self.sizes.layer, self._machine)
+            return Batch(tokens, rows, actions, attention)
         # No two sequences share a token that they should not: ids count up.
         count = itertools.count()
         root = list(itertools.islice(count, shared))

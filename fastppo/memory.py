@@ -7,7 +7,7 @@ are tokens of the packed tree; all results are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fastppo_kernels.linear_logprob import chosen_chunk_rows
 
 # A layer's projections, those of one input together.
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+BORDER = 8  # columns that borders are rounded up to, as `LoRAWeightBuffer` does
 # Of so many bytes; float16 takes what bfloat16 does.
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -39,6 +40,15 @@ class Machine:
     def folds(self) -> bool:
         """Whether adapters may be folded into the weights for a product."""
         return not self.cuda and self.itemsize >= 4
+
+    def borders(self, layer: Layer) -> bool:
+        """Whether its frozen weights lie in bordered buffers, with the adapters in the same products (`LlamaTrunk.border`).
+
+        By the bytes that are not moved: see "decoder_layer" in csrc_notes.md. On a CPU adapters are folded into the weights,
+        which takes fewer products; float32 products on a GPU take so long that those bytes are nothing beside them; and weights
+        in 4 bits are no matrix that an adapter could lie beside.
+        """
+        return self.cuda and self.itemsize == 2 and layer.fused
 
     def padded(self, rows: int, least: int) -> int:
         return rows if rows < least else rows + -rows % self.multiple
@@ -68,10 +78,25 @@ class Layer:
     def keys(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def columns(self, group: Sequence[str]) -> int:
+        """Of S in a bordered buffer of these projections: those of the first before X, the others' behind it."""
+        of_others = sum(self.ranks[name] for name in group[1:])
+        return sum(rank + -rank % BORDER for rank in (self.ranks[group[0]], of_others))
+
     def widths(self, name: str) -> tuple[int, int]:
         """Inputs and outputs of a projection."""
         out = {"q": self.queries, "k": self.keys, "v": self.keys, "o": self.hidden, "down": self.hidden}.get(name, self.inner)
         return {"o": self.queries, "down": self.inner}.get(name, self.hidden), out
+
+
+def borders(layer: Layer, machine: Machine) -> int:
+    """What the bordered buffers of a layer hold besides its weights."""
+    more = 0
+    for group in GROUPS:
+        width, rank = layer.widths(group[0])[0], layer.columns(group)
+        rows = sum(layer.widths(name)[1] for name in group)
+        more += (rows + rank) * (width + rank) - rows * width
+    return more * machine.itemsize
 
 
 @dataclass(frozen=True)
@@ -196,6 +221,7 @@ class _Trunk:
         size, before = self.size, self.walk.now
         n = self.norm(padded, layer.hidden)
         qkv = self.project(0, padded)
+        walk.drop(n if layer.fused else 0)
         both, v = size(tokens, layer.queries + layer.keys), size(tokens, layer.keys)
         before_norms = both if layer.qk_norm else 0
         if layer.qk_norm:
@@ -208,7 +234,7 @@ class _Trunk:
             walk.drop(both)
         copied_v = v if self.folds(0, padded) else 0  # else it is a tensor of its own already
         walk.take(copied_v)
-        walk.drop(n, qkv if copied_v else size(padded, layer.queries + layer.keys))
+        walk.drop(0 if layer.fused else n, qkv if copied_v else size(padded, layer.queries + layer.keys))
         attended = size(tokens, layer.queries)
         lse = 4 * tokens * layer.heads
         walk.take(attended, lse)
@@ -287,6 +313,7 @@ class _Trunk:
         walk.drop(both)
         if layer.qk_norm:
             walk.use(both, both)
+        walk.drop(attended if self.rows_asked and layer.fused else 0)
         walk.take(size(padded, layer.queries + 2 * layer.keys) if padded != tokens else 0)
         if layer.fused:
             self.norm(padded, layer.hidden)
@@ -296,10 +323,97 @@ class _Trunk:
         return grad_x
 
 
+class _Bordered(_Trunk):
+    """The same through bordered buffers (`fastppo_kernels._bordered_layer`)."""
+
+    def s(self, group: int) -> int:
+        return self.size(self.padded if group == 0 else self.rows, self.layer.columns(GROUPS[group]))
+
+    def through(self, group: int, rows: int, *inside: int) -> int:
+        """The bytes of a group's outputs, which stay, as does S. inside: alive while what the product reads is written."""
+        width = self.layer.widths(GROUPS[group][0])[0]
+        x_buffer = self.size(rows, width) + self.s(group)
+        self.walk.take(x_buffer)
+        self.walk.use(*inside)
+        out = sum(self.size(rows, self.layer.widths(name)[1]) for name in GROUPS[group])
+        self.walk.take(self.s(group), out)
+        self.walk.drop(x_buffer)
+        return out
+
+    def forward(self, record: bool) -> int:
+        walk, layer, tokens, padded, rows, size = self.walk, self.layer, self.tokens, self.padded, self.rows, self.size
+        before = walk.now
+        qkv = self.through(0, padded)
+        both, v = size(tokens, layer.queries + layer.keys), size(tokens, layer.keys)
+        before_norms = both if layer.qk_norm else 0
+        walk.take(before_norms, before_norms, both)
+        walk.drop(before_norms)
+        walk.take(v)
+        walk.drop(qkv)
+        attended, lse = size(tokens, layer.queries), 4 * tokens * layer.heads
+        walk.take(attended, lse)
+        walk.use(self.batch.attention.recorded if record else self.batch.attention.forward)
+        walk.take(self.batch.attention.kept if record else 0)
+        if not record:
+            walk.drop(both, v, lse)
+        y = self.through(1, rows, size(rows, layer.queries) if self.rows_asked else 0)
+        walk.use(y if self.rows_asked else 0)
+        gate_up = self.through(2, rows)
+        z = self.through(3, rows)
+        s = sum(map(self.s, range(4)))
+        kept = before_norms + both + v + attended + lse + self.batch.attention.kept + y + gate_up + s
+        if not record:
+            walk.drop(walk.now - before - z)
+            return 0
+        assert walk.now - before == kept + z, (walk.now - before, kept + z)
+        return kept
+
+    def backward(self, need_x: bool) -> int:
+        walk, layer, tokens, padded, rows, size = self.walk, self.layer, self.tokens, self.padded, self.rows, self.size
+        before, inner, hidden = walk.now, size(rows, layer.inner), size(rows, layer.hidden)
+        of_down = hidden + self.s(3)
+        walk.take(of_down)
+        walk.take(inner, self.gradients(3))  # that of h
+        walk.use(inner)  # h again
+        of_gate_up = 2 * inner + self.s(2)
+        walk.take(of_gate_up)
+        walk.drop(of_down, inner)
+        walk.take(hidden, self.gradients(2))  # of m
+        walk.use(hidden)  # m again
+        walk.drop(of_gate_up)
+        walk.take(hidden + self.s(1))  # dy and its dS
+        walk.use(hidden)
+        walk.drop(hidden)
+        walk.take(self.gradients(1))
+        seen = size(rows, layer.queries)
+        walk.use(seen if self.rows_asked or padded != tokens else 0)
+        walk.take(seen)  # its gradient
+        of_qkv = size(padded, layer.queries + 2 * layer.keys)
+        walk.take(of_qkv + self.s(0))
+        walk.take(size(tokens, layer.queries) if self.rows_asked else 0)
+        walk.take(of_qkv)
+        walk.use(self.batch.attention.backward)
+        if layer.qk_norm:
+            walk.use(size(tokens, 3 * (layer.queries + layer.keys)))
+        walk.drop(of_qkv, seen, size(tokens, layer.queries) if self.rows_asked else 0)
+        walk.take(self.gradients(0))
+        walk.use(size(padded, layer.hidden))  # n again
+        if need_x:
+            walk.take(size(padded, layer.hidden))
+            walk.use(size(padded, layer.hidden))
+        grad_x = size(padded, layer.hidden) if need_x else 0
+        walk.drop(walk.now - before - grad_x)
+        return grad_x
+
+
+def _trunk(walk: Walk, layer: Layer, machine: Machine, batch: Batch, last: bool) -> _Trunk:
+    return (_Bordered if machine.borders(layer) else _Trunk)(walk, layer, machine, batch, last)
+
+
 def layer_forward(layer: Layer, machine: Machine, batch: Batch) -> int:
     """The most that is alive in one layer's forward without gradients."""
     walk = Walk()
-    _Trunk(walk, layer, machine, batch, False).forward(False)
+    _trunk(walk, layer, machine, batch, False).forward(False)
     return walk.most
 
 
@@ -316,7 +430,7 @@ def micro_batch(
     """
     walk = Walk()
     again = activations != "keep"
-    trunks = [_Trunk(walk, layer, machine, batch, i == layers - 1) for i in range(layers)]
+    trunks = [_trunk(walk, layer, machine, batch, i == layers - 1) for i in range(layers)]
     x = trunks[0].size(trunks[0].padded, layer.hidden)
     tables = 2 * trunks[0].size(trunks[0].padded, layer.head_dim)
     kept: list[list[int]] = []

@@ -174,7 +174,7 @@ def test_an_architecture_without_blocks_keeps_what_it_needs():
 @pytest.mark.parametrize(
     ("config", "gpu", "words"),
     [
-        (SHORT, "12GiB", ["base, adapters and optimizer take 15.7 GiB", "--model"]),
+        (SHORT, "12GiB", ["base, adapters and optimizer take 15.9 GiB", "--model"]),
         (replace(SHORT, sample=SampleConfig(slots=4096)), "24GiB", ["sampling takes", "--sample-slots"]),
         (replace(SHORT, max_prompt_tokens=8000), "19GiB", ["a micro-batch takes", "shorten prompts of up to 8,000 tokens"]),
         (replace(SHORT, micro_batch_tokens=100_000, ppo=PpoConfig(prompts=4000)), "24GiB", ["lower --micro-batch-tokens"]),

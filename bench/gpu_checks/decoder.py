@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo_kernels.decoder_layer import DecoderWeights, decoder_layer
+from fastppo_kernels.lora_buffer import LoRAWeightBuffer
 from fastppo_kernels.lora_linear import LoRAProjection, lora_linear_group
 from fastppo_kernels.rms_norm import rms_norm
 from fastppo_kernels.rope import rope
@@ -83,8 +84,17 @@ def _kernels(backend: str) -> Iterator[None]:
             os.environ["FASTPPO_KERNELS"] = before
 
 
-def _with_gradients(inputs: Inputs, backend: str, *, more: bool = False) -> Results:
-    """`more`: biases, and norms of queries and keys. Gradients are made here, for backward has to go by the same kernels."""
+def _in_buffers(weights: DecoderWeights) -> DecoderWeights:
+    """With its weights in bordered buffers."""
+    buffers = tuple(LoRAWeightBuffer(group, masked=False) for group in weights.groups)
+    views = (buffer.weight_view(i) for buffer, group in zip(buffers, weights.groups, strict=True) for i in range(len(group)))
+    moved = {name: getattr(weights, name)._replace(weight=view) for name, view in zip(_NAMES, views, strict=True)}
+    return weights._replace(**moved, buffers=buffers)
+
+
+def _with_gradients(inputs: Inputs, backend: str, *, more: bool = False, buffers: bool = False) -> Results:
+    """`more`: biases, and norms of queries and keys. `buffers`: bordered ones. Gradients are made here, for backward has
+    to go by the same kernels."""
     adapters = [f"{name}.{kind}" for name in _NAMES for kind in "AB"]
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("x", *adapters)}
     given = inputs | leaves
@@ -96,6 +106,8 @@ def _with_gradients(inputs: Inputs, backend: str, *, more: bool = False) -> Resu
     ]
     norms = (given["q_norm"], given["k_norm"]) if more else ()
     weights = DecoderWeights(given["input_norm"], given["post_norm"], 1e-6, *projections, given["head_dim"], *norms)
+    if buffers and backend == "triton":
+        weights = _in_buffers(weights)
     with _kernels(backend):
         function = decoder_layer if backend == "triton" else composed
         z = function(given["x"], given["cos"], given["sin"], weights, attend, rows_R=given["rows"], tokens=given["tokens"])
@@ -117,5 +129,25 @@ def cases() -> list[Case]:
             (),
             partial(small, read=8),
             **how,
+        ),
+        *(
+            Case(f"decoder_layer in buffers{name}", ("decoder_layer",), large, run, (), small, **how)
+            for name, run in (
+                ("", partial(_with_gradients, buffers=True)),
+                (", biases, norms of queries and keys", partial(_with_gradients, buffers=True, more=True)),
+            )
+        ),
+        # Enough rows for the kernels that make S and dS themselves; and too many columns of S for those.
+        *(
+            Case(
+                f"decoder_layer in buffers 2048 x 1024, rank {rank}",
+                ("decoder_layer",),
+                partial(large, rows=2048, rank=rank),
+                partial(_with_gradients, buffers=True),
+                (),
+                partial(small, rank=rank),
+                **how,
+            )
+            for rank in (16, 64)
         ),
     ]

@@ -57,6 +57,9 @@ class ActorCritic:
         self.peft_config: PeftLoraConfig = self.peft.peft_config[POLICY]
         self.peft.eval()
         self._sizes = budget.sizes_of(self.peft, llama=self.backbone.llama is not None, nf4=in_4_bits(base.model))
+        machine, layer = budget.machine_of(self.device.type == "cuda", self._sizes.itemsize), self._sizes.layer
+        if self.backbone.llama is not None and layer is not None and machine.borders(layer):
+            self.backbone.llama.border()
         patch_peft(self.peft)
         self._lora_layers = [m for m in self.peft.modules() if isinstance(m, BaseTunerLayer)]
         hidden = self.backbone.head.weight.shape[1]

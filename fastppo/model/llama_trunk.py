@@ -4,7 +4,9 @@
 - Behind the last layer's attention only the rows go on that somebody reads.
 - Norms, rotary embedding and SwiGLU are the kernels' operations; no masks or caches are prepared that nobody uses.
 
-Parameters stay where transformers and peft have them. Nothing is copied, but for the sampler on a CPU (`_fold`).
+Parameters stay where transformers and peft have them, but for frozen weights on a GPU in half precision: those move into
+bordered buffers, and their parameters become views (`LlamaTrunk.border`). Nothing else is copied, but for the sampler on a CPU
+(`_fold`).
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2 import Qwen2Model
 from transformers.models.qwen3 import Qwen3Model
 
+from fastppo.model.attention import DecodeContext
 from fastppo.model.recompute import Recompute, again
 from fastppo_kernels import (
     DecoderWeights,
     LoRAProjection,
+    LoRAWeightBuffer,
     decoder_layer,
     frozen_linear,
     lora_linear_group,
@@ -46,11 +50,29 @@ class LlamaTrunk:
     def __init__(self, trunk: nn.Module):
         self.trunk: Any = trunk
         self.layers: list[Any] = list(trunk.layers)[: trunk.config.num_hidden_layers]  # type: ignore[arg-type,index,union-attr]
+        self.buffers: dict[Any, tuple[LoRAWeightBuffer, ...]] = {}  # by layer
 
     @staticmethod
     def suits(trunk: nn.Module) -> bool:
         """Whether this is such a trunk, with nothing in it that a forward of its own would miss."""
         return type(trunk) in SHAPES and trunk.config.hidden_act == "silu" and not any(map(_is_altered, trunk.modules()))  # type: ignore[union-attr]
+
+    def border(self) -> None:
+        """Move the frozen weights of layers that `decoder_layer` computes into bordered buffers, sized for the active adapter.
+
+        The weights are there once: each parameter becomes a view of its buffer. Adapters stay peft's parameters; any of the
+        same ranks can be active later.
+        """
+        for layer in self.layers:
+            weights = _weights(layer, self.trunk.embed_tokens.weight.dtype)
+            if weights is None or layer in self.buffers:
+                continue
+            buffers = []
+            for group in weights.groups:  # one after the other, so that no more than one is there twice
+                buffers.append(LoRAWeightBuffer(group, masked=False))
+                for i, projection in enumerate(group):
+                    projection.weight.data = buffers[-1].weight_view(i)
+            self.buffers[layer] = tuple(buffers)
 
     def run(
         self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None,
@@ -80,6 +102,9 @@ class LlamaTrunk:
         window = window_of(attention)
         attend = partial(context.attend, attention.layer_idx, scale=attention.scaling, window=window, softcap=None)
         weights = _weights(layer, x_TH.dtype) if context.folded is None else None
+        # A captured step is run again without Python, where nobody would copy changed adapters into the buffers.
+        if weights is not None and not isinstance(context, DecodeContext):
+            weights = weights._replace(buffers=self.buffers.get(layer))
         if weights is not None and not torch.is_autocast_enabled(x_TH.device.type):
             return decoder_layer(x_TH, cos, sin, weights, attend, rows_R=rows, tokens=tokens, fold=True)
         heads = (x_TH.shape[0], -1, attention.head_dim)

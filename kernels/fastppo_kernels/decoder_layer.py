@@ -5,69 +5,41 @@
 
 Kept for backward are x, y, g, u and what the attention keeps (q, k, v, a), q and k before norms of their own, and S = x A^T
 where the adapters are not folded; n, m and h are made again.
+
+With `DecoderWeights.buffers` the same goes through bordered buffers (`_bordered_layer`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _lora_fold, _lora_ops
+from . import _bordered_layer, _lora_fold, _lora_ops
 from ._checks import check_device, check_float, check_index, check_integer, check_number, check_range, check_shape
+from ._decoder_parts import (
+    Attend,
+    Attended,
+    Call,
+    DecoderWeights,
+    Kept,
+    attention_backward,
+    attention_forward,
+    padded,
+    seen_rows,
+)
 from ._gather import add_rows_
 from ._products import ROWS_WITH_S, no_autocast
-from .lora_linear import LoRAProjection, can_fold, check_projection, choice_of
+from .lora_buffer import LoRAWeightBuffer
+from .lora_linear import LoRAProjection, check_projection, choice_of
 from .rms_norm import normalise, normalise_backward
-from .rope import rope
 from .swiglu import gated, gated_backward, swiglu
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-class DecoderWeights(NamedTuple):
-    """What a layer computes with: the norms' weights [H] and epsilon, its seven projections, entries of a head, and, for Qwen3,
-    the weights [D] of the norms of queries and keys. All of it frozen but the projections' adapters."""
-
-    input_norm: Tensor
-    post_norm: Tensor
-    eps: float
-    q: LoRAProjection
-    k: LoRAProjection
-    v: LoRAProjection
-    o: LoRAProjection
-    gate: LoRAProjection
-    up: LoRAProjection
-    down: LoRAProjection
-    head_dim: int
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-    @property
-    def groups(self) -> tuple[tuple[LoRAProjection, ...], ...]:
-        """Projections of one input each."""
-        return (self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,)
-
-
-class _Call(NamedTuple):
-    """What a layer is called with besides tensors. tokens: rows of x that are real. choice: `choice_of`, found out once, for
-    backward has to go the way that forward went."""
-
-    weights: DecoderWeights
-    attend: Attend
-    tokens: int
-    fold: bool
-    choice: str
-
-    def folds(self, x_MK: Tensor, group: int) -> bool:
-        return self.fold and self.choice == "torch" and can_fold(x_MK, None, self.weights.groups[group])
-
-
-def _project(call: _Call, group: int, x_MK: Tensor, keep: bool) -> tuple[Sequence[Tensor], list[Tensor]]:
+def _project(call: Call, group: int, x_MK: Tensor, keep: bool) -> tuple[Sequence[Tensor], list[Tensor]]:
     """Outputs of a group, and S of its adapters where it is made by itself and to be kept."""
     projections = _plain(call.weights.groups[group])
     if call.folds(x_MK, group):
@@ -80,77 +52,42 @@ def _plain(group: Sequence[LoRAProjection]) -> list[_lora_ops.Projection]:
     return [_lora_ops.Projection(w, lora_A, lora_B, bias, float(scale)) for w, lora_A, lora_B, scale, bias in group]
 
 
-class _Kept(NamedTuple):
-    """For backward. q_MD, k_MD: before their norms, where there are any. s: S of each group. inputs, out: of the attention,
-    with its graph; no inputs where no gradient goes through it."""
-
-    y_RH: Tensor
-    gate: Tensor
-    up: Tensor
-    q_MD: Tensor | None
-    k_MD: Tensor | None
-    s: list[list[Tensor]]
-    inputs: tuple[Tensor, ...]
-    out: Tensor
-
-
 def _forward(
-    x_TH: Tensor, cos: Tensor, sin: Tensor, rows_R: Tensor | None, call: _Call, keep: Sequence[bool], record: bool
-) -> tuple[Tensor, _Kept]:
+    x_TH: Tensor, cos: Tensor, sin: Tensor, rows_R: Tensor | None, call: Call, keep: Sequence[bool], record: bool
+) -> tuple[Tensor, Kept]:
     """keep: which groups' S is wanted. record: whether gradients will go back through the attention."""
-    weights, tokens = call.weights, call.tokens
+    if call.bordered:
+        return _bordered_layer.forward(x_TH, cos, sin, rows_R, call, keep, record)
+    weights = call.weights
     n_TH, _ = normalise(x_TH, weights.input_norm, weights.eps)
-    qkv, s_qkv = _project(call, 0, n_TH, keep[0])
-    q, k, v = (y.unflatten(1, (-1, weights.head_dim))[:tokens] for y in qkv)
-    q_MD = k_MD = None
-    if weights.q_norm is not None and weights.k_norm is not None:
-        q_MD, k_MD = (y.reshape(-1, weights.head_dim).contiguous() for y in (q, k))
-        q = normalise(q_MD, weights.q_norm, weights.eps)[0].view(q.shape)
-        k = normalise(k_MD, weights.k_norm, weights.eps)[0].view(k.shape)
-    q, k = rope(q, k, cos[:tokens], sin[:tokens])
-    # Values by themselves, or they would keep queries and keys of before the rotation alive with them.
-    inputs: tuple[Tensor, ...] = (q, k, v.contiguous())
-    if record:
-        inputs = tuple(y.detach().requires_grad_() for y in inputs)
-    del n_TH, qkv, q, k, v
-    with torch.set_grad_enabled(record):
-        out = call.attend(*inputs)
-    _check_attended(out, inputs[0], record)
-    if not record:
-        inputs = ()
-    (o,), s_o = _project(call, 1, _seen(out.detach(), rows_R, len(x_TH)), keep[1])
+    outputs, s_qkv = _project(call, 0, n_TH, keep[0])
+    qkv = list(outputs)
+    del n_TH, outputs
+    attended = attention_forward(qkv, cos, sin, call, record)
+    (o,), s_o = _project(call, 1, seen_rows(attended.out.detach(), rows_R, len(x_TH)), keep[1])
     y_RH = (x_TH if rows_R is None else x_TH[rows_R]) + o
     m_RH, _ = normalise(y_RH, weights.post_norm, weights.eps)
     (gate, up), s_gate_up = _project(call, 2, m_RH, keep[2])
     del m_RH
     (down,), s_down = _project(call, 3, swiglu(gate, up), keep[3])
-    return y_RH + down, _Kept(y_RH, gate, up, q_MD, k_MD, [s_qkv, s_o, s_gate_up, s_down], inputs, out)
-
-
-def _seen(out: Tensor, rows_R: Tensor | None, rows: int) -> Tensor:
-    """What the output projection reads: the rows asked for, or all, padded."""
-    flat = out.flatten(1)
-    return _padded(flat, rows) if rows_R is None else flat[rows_R]
-
-
-def _padded(x_TK: Tensor, rows: int) -> Tensor:
-    return x_TK if len(x_TK) == rows else F.pad(x_TK, (0, 0, 0, rows - len(x_TK)))
+    return y_RH + down, Kept(y_RH, gate, up, [s_qkv, s_o, s_gate_up, s_down], attended)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TH: Tensor, cos: Tensor, sin: Tensor, rows_R: Tensor | None, call: _Call, *adapters: Tensor | None
+        ctx: Any, x_TH: Tensor, cos: Tensor, sin: Tensor, rows_R: Tensor | None, call: Call, *adapters: Tensor | None
     ) -> Tensor:
         wanted = _wanted(ctx)
         keep = [any(need.lora_B for need in group) for group in wanted]
         ctx.through = ctx.needs_input_grad[0] or any(need.lora_A or need.lora_B for need in wanted[0])
         with no_autocast(x_TH.device):
             z_RH, kept = _forward(x_TH, cos, sin, rows_R, call, keep, ctx.through)
-        ctx.call, ctx.attention = call, (kept.inputs, kept.out)
+        inputs, out, q_MD, k_MD = kept.attended
+        ctx.call, ctx.attention = call, (inputs, out)
         ctx.sizes = [len(group) for group in kept.s]
         flat_s = [s_MR for group in kept.s for s_MR in group]
-        ctx.save_for_backward(x_TH, cos, sin, rows_R, kept.y_RH, kept.gate, kept.up, kept.q_MD, kept.k_MD, *adapters, *flat_s)
+        ctx.save_for_backward(x_TH, cos, sin, rows_R, kept.y_RH, kept.gate, kept.up, q_MD, k_MD, *adapters, *flat_s)
         return z_RH
 
     @staticmethod
@@ -169,8 +106,9 @@ def _once(ctx: Any, grad_z_RH: Tensor, *saved: Any) -> tuple[Tensor | None, ...]
     for size in ctx.sizes:
         s.append([next(flat_s) for _ in range(size)])
     with no_autocast(x_TH.device):
-        kept = _Kept(y_RH, gate, up, q_MD, k_MD, s, inputs, out)
-        grad_x_TH, grads = _backward(
+        kept = Kept(y_RH, gate, up, s, Attended(inputs, out, q_MD, k_MD))
+        backward = _bordered_layer.backward if ctx.call.bordered else _backward
+        grad_x_TH, grads = backward(
             grad_z_RH, x_TH, cos, sin, rows_R, ctx.call, kept, _wanted(ctx), ctx.needs_input_grad[0], ctx.through
         )
     return grad_x_TH, None, None, None, None, *grads
@@ -184,7 +122,7 @@ def _wanted(ctx: Any) -> list[list[_lora_ops.Needs]]:
 
 
 def _project_back(
-    call: _Call, group: int, grads: Sequence[Tensor], x_MK: Tensor, s: list[Tensor], need_x: bool, needs: list[_lora_ops.Needs]
+    call: Call, group: int, grads: Sequence[Tensor], x_MK: Tensor, s: list[Tensor], need_x: bool, needs: list[_lora_ops.Needs]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of a group's input and, flat, of its adapters."""
     projections = _plain(call.weights.groups[group])
@@ -197,11 +135,11 @@ def _project_back(
 
 
 def _backward(
-    grad_z_RH: Tensor, x_TH: Tensor, cos: Tensor, sin: Tensor, rows_R: Tensor | None, call: _Call, kept: _Kept,
+    grad_z_RH: Tensor, x_TH: Tensor, cos: Tensor, sin: Tensor, rows_R: Tensor | None, call: Call, kept: Kept,
     wanted: list[list[_lora_ops.Needs]], need_x: bool, through: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The gradients of x (None where not wanted) and, flat, of the adapters."""
-    weights, tokens = call.weights, call.tokens
+    weights = call.weights
     h, silu = gated(kept.gate, kept.up)
     grad_h, of_down = _project_back(call, 3, [grad_z_RH], h, kept.s[3], True, wanted[3])
     assert grad_h is not None
@@ -212,27 +150,13 @@ def _backward(
     assert grad_m is not None
     del grads, m_RH
     grad_y_RH = grad_z_RH + normalise_backward(grad_m, kept.y_RH, weights.post_norm, rstd)
-    seen = _seen(kept.out.detach(), rows_R, len(x_TH))
+    seen = seen_rows(kept.attended.out.detach(), rows_R, len(x_TH))
     grad_seen, of_o = _project_back(call, 1, [grad_y_RH], seen, kept.s[1], through, wanted[1])
     del seen, grad_m
     if not through:
         return None, [None] * 6 + of_o + of_gate_up + of_down
     assert grad_seen is not None
-    if rows_R is None:
-        grad_out = grad_seen[:tokens]
-    else:
-        grad_out = grad_seen.new_zeros(tokens, grad_seen.shape[1])
-        add_rows_(grad_out, rows_R, grad_seen)
-    grad_out = grad_out.view(kept.out.shape)
-    grad_q, grad_k, grad_v = torch.autograd.grad(kept.out, kept.inputs, grad_out, materialize_grads=True)
-    # The transposed rotation: the other sign, and the sine of the other half.
-    grad_q, grad_k = rope(grad_q, grad_k, cos[:tokens], -sin[:tokens].roll(sin.shape[1] // 2, 1))
-    if weights.q_norm is not None and weights.k_norm is not None and kept.q_MD is not None and kept.k_MD is not None:
-        grad_q, grad_k = (
-            normalise_backward(g.reshape(y.shape), y, w, normalise(y, w, weights.eps)[1]).view(g.shape)
-            for g, y, w in ((grad_q, kept.q_MD, weights.q_norm), (grad_k, kept.k_MD, weights.k_norm))
-        )
-    qkv = [_padded(grad.flatten(1), len(x_TH)) for grad in (grad_q, grad_k, grad_v)]
+    qkv = [padded(grad, len(x_TH)) for grad in attention_backward(grad_seen, cos, sin, rows_R, call, kept.attended)]
     n_TH, rstd = normalise(x_TH, weights.input_norm, weights.eps)
     grad_n, of_qkv = _project_back(call, 0, qkv, n_TH, kept.s[0], need_x, wanted[0])
     grads_of_adapters = of_qkv + of_o + of_gate_up + of_down
@@ -275,7 +199,7 @@ def decoder_layer(
     """
     tokens = len(x_TH) if tokens is None else tokens
     _check(x_TH, cos_TD, sin_TD, weights, rows_R, tokens)
-    call = _Call(weights, attend, tokens, fold, choice_of(x_TH, None))
+    call = Call(weights, attend, tokens, fold, choice_of(x_TH, None), _bordered_layer.suits(weights))
     adapters = [tensor for group in weights.groups for each in group for tensor in (each.lora_A, each.lora_B)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TH, *adapters)):
         return _Layer.apply(x_TH, cos_TD, sin_TD, rows_R, call, *adapters)
@@ -305,6 +229,9 @@ def _check(x_TH: Tensor, cos: Tensor, sin: Tensor, weights: DecoderWeights, rows
         check_range("rows", rows_R, tokens, "rows of x that are real")
     _check_norms(x_TH, weights)
     _check_projections(x_TH, weights)
+    buffers = weights.buffers
+    if buffers is not None and (len(buffers) != 4 or not all(isinstance(each, LoRAWeightBuffer) for each in buffers)):
+        raise ValueError("buffers must be None, or a LoRAWeightBuffer for each of the 4 groups")
 
 
 def _check_norms(x_TH: Tensor, weights: DecoderWeights) -> None:
@@ -357,11 +284,3 @@ def _check_projections(x_TH: Tensor, weights: DecoderWeights) -> None:
     inner = check("gate", x_TH, "x")
     check("up", x_TH, "x", inner, "those of gate.weight")
     check("down", x_TH.new_empty(0, inner), "gate's result", hidden, "the width of x")
-
-
-def _check_attended(out: Tensor, query: Tensor, record: bool) -> None:
-    check_shape("the result of attend", out, tuple(query.shape), "that of the queries")
-    if out.dtype != query.dtype:
-        raise ValueError(f"the result of attend must have the dtype of the queries ({query.dtype}), got {out.dtype}")
-    if record and not out.requires_grad:
-        raise ValueError("attend must be differentiable in queries, keys and values: its result requires no gradient")

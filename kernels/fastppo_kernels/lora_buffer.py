@@ -17,7 +17,7 @@ adapter's part is added up in the GEMM's own float32 sums: y is neither read aga
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +55,33 @@ def _steps(parameter: Tensor) -> int:
     return getattr(parameter, _STEPS)
 
 
+def _ranks_of(projections: Sequence[LoRAProjection]) -> list[int]:
+    return [0 if projection.lora_A is None else projection.lora_A.shape[0] for projection in projections]
+
+
+class _Run(NamedTuple):
+    """Columns of S, counted over left and right, that one product makes: those of neighbours of one side with one scale.
+
+    rows: of the outputs, those of the same projections. side: 0 left, 1 right.
+    """
+
+    side: int
+    columns: slice
+    rows: slice
+    scale: float
+
+
 class LoRAWeightBuffer:
     """Up to 4 projections of one input with their adapters, in one buffer.
 
     Args:
-        projections: each with a weight [N, K] that is frozen; at least one with an adapter. Weights are copied: point the
-            model's parameter at `weight_view` afterwards, and there is one copy, until something gives that parameter memory
-            of its own, as `module.bfloat16()` and `module.to(...)` do where they change it.
+        projections: each with a weight [N, K] that is frozen. Weights are copied: point the model's parameter at
+            `weight_view` afterwards, and there is one copy, until something gives that parameter memory of its own, as
+            `module.bfloat16()` and `module.to(...)` do where they change it. Without any adapter there are no borders: what is
+            left is one product for dX.
         align: `left` and `right` are multiples of this; 8 keeps rows on 16 bytes in half precision, 64 on whole K tiles.
+        masked: whether calls may have a mask. Without, a refresh is two copies an adapter, and S and dS are written to their
+            columns by the products that make them, with the scale as a factor of those.
 
     Attributes:
         weight: the buffer, [N + left + right, left + K + right], in the dtype of the weights. N is the sum over projections.
@@ -71,13 +90,14 @@ class LoRAWeightBuffer:
         column_scale: [left + right], what column c of S and dS is multiplied by. float32 (float64 for float64 weights).
 
     A and B stay the parameters that are trained, in their own dtype. `refresh` copies them in after an optimizer step; calling
-    the buffer does that by itself, but not while torch.compile traces, in what it has compiled, or in a CUDA graph.
+    the buffer does that by itself, but not while torch.compile traces, in what it has compiled, or in a CUDA graph. `use`
+    copies in other adapters of the same ranks: one buffer serves all adapters of a model, one after the other.
 
     Raises:
         ValueError: a wrong shape, dtype, device or number, or a weight or bias that requires a gradient.
     """
 
-    def __init__(self, projections: Sequence[LoRAProjection], *, align: int = 8) -> None:
+    def __init__(self, projections: Sequence[LoRAProjection], *, align: int = 8, masked: bool = True) -> None:
         check_integer("align", align, at_least=1)
         check_projections(projections)
         if not 1 <= len(projections) <= _MOST:
@@ -92,15 +112,14 @@ class LoRAWeightBuffer:
                 part = getattr(projection, name)
                 if part is not None and part.requires_grad:
                     raise ValueError(f"projections[{i}].{name} must be frozen, got one that requires a gradient")
-        ranks = [0 if projection.lora_A is None else projection.lora_A.shape[0] for projection in projections]
-        if not any(ranks):
-            raise ValueError("projections must have at least one adapter, got none")
-        self.projections = tuple(projections)
+        ranks = _ranks_of(projections)
+        self.projections, self.masked = tuple(projections), masked
         self.dtype, self.device = first.dtype, first.device
         self.left, self.right = (-(-rank // align) * align for rank in (ranks[0], sum(ranks[1:])))
         self.inputs = first.shape[1]
         self.width = self.left + self.inputs + self.right
         self._middle = slice(self.left, self.left + self.inputs)
+        self._ranks = ranks
         # Columns of S of each projection, counted over left and right.
         starts = [0] + [self.left + sum(ranks[1:i]) for i in range(1, len(ranks))]
         self._columns = [slice(start, start + rank) for start, rank in zip(starts, ranks, strict=True)]
@@ -119,6 +138,8 @@ class LoRAWeightBuffer:
             self.column_scale = torch.zeros(self.left + self.right, dtype=accumulate_dtype(self.dtype), device=self.device)
             self._biases = self._joined_bias(projections[:1]), self._joined_bias(projections[1:])
         self._groups: dict[int, Tensor] = {}
+        self._runs: list[_Run] = []
+        self._scales: list[float | None] = [None] * len(projections)
         self._seen: list[tuple[int, ...] | None] = [None] * len(projections)
         # Keeps the memory that `_seen` has the address of, so that no other can come to have that address.
         self._kept: list[tuple[Tensor, Tensor] | None] = [None] * len(projections)
@@ -168,8 +189,8 @@ class LoRAWeightBuffer:
         float32 ones: `force` copies regardless. A new Parameter that takes the place of A or B in a model is never seen:
         `projections` holds the old one.
 
-        Entries that are not finite are copied as 0, and the adapter's `column_scale` becomes NaN instead: rows that use it see
-        it, rows whose mask is 0 do not.
+        Where there may be masks, entries that are not finite are copied as 0, and the adapter's `column_scale` becomes NaN
+        instead: rows that use it see it, rows whose mask is 0 do not.
         """
         _watch_optimizers()
         changed = False
@@ -179,20 +200,69 @@ class LoRAWeightBuffer:
                 continue
             addresses, versions = (lora_A.data_ptr(), lora_B.data_ptr()), (lora_A._version, lora_B._version)
             seen = (*addresses, *versions, _steps(lora_A), _steps(lora_B))
-            if seen == self._seen[i] and not force:
+            moved = projection.scale != self._scales[i]
+            if seen == self._seen[i] and not moved and not force:
                 continue
             self._seen[i], self._kept[i], changed = seen, (lora_A.detach(), lora_B.detach()), True
-            first = self._rows[0].stop
-            rows, across = self._rows[i], columns
-            if i > 0:
-                rows = slice(rows.start - first, rows.stop - first)
-                across = slice(columns.start - self.left, columns.stop - self.left)
-            low_A, low_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
-            finite_R = low_A.isfinite().all(1) & low_B.isfinite().all(0)
-            self.lora_A_stacked[columns] = low_A.nan_to_num(0.0, 0.0, 0.0)
-            self.border(min(i, 1))[rows, across] = low_B.nan_to_num(0.0, 0.0, 0.0)
-            self.column_scale[columns] = self.column_scale[columns].fill_(projection.scale).masked_fill(~finite_R, torch.nan)
+            low_A, low_B = self._places(i)
+            low_A.copy_(lora_A)
+            low_B.copy_(lora_B)
+            if moved or self.masked:
+                self._scales[i], self._runs = projection.scale, []
+                self.column_scale[columns] = projection.scale
+            if self.masked:
+                finite_R = low_A.isfinite().all(1) & low_B.isfinite().all(0)
+                low_A.nan_to_num_(0.0, 0.0, 0.0)
+                low_B.nan_to_num_(0.0, 0.0, 0.0)
+                self.column_scale[columns] = self.column_scale[columns].masked_fill(~finite_R, torch.nan)
+        if not self._runs and not self.masked:
+            self._runs = self._find_runs()
         return changed
+
+    def _places(self, i: int) -> tuple[Tensor, Tensor]:
+        """Of A and B of a projection."""
+        first, rows, across = self._rows[0].stop, self._rows[i], self._columns[i]
+        if i > 0:
+            rows = slice(rows.start - first, rows.stop - first)
+            across = slice(across.start - self.left, across.stop - self.left)
+        return self.lora_A_stacked[self._columns[i]], self.border(min(i, 1))[rows, across]
+
+    def _find_runs(self) -> list[_Run]:
+        runs: list[_Run] = []
+        for i, scale in enumerate(self._scales):
+            if scale is None:
+                continue
+            side, rows, columns = min(i, 1), self._rows[i], self._columns[i]
+            if runs and (runs[-1].side, runs[-1].scale) == (side, scale):
+                last = runs.pop()
+                rows, columns = slice(last.rows.start, rows.stop), slice(last.columns.start, columns.stop)
+            runs.append(_Run(side, columns, rows, scale))
+        for side, end in ((0, self.left), (1, self.left + self.right)):  # what only rounds up is written, too: as zeros
+            of_side = [place for place, run in enumerate(runs) if run.side == side]
+            if of_side:
+                last = runs[of_side[-1]]
+                runs[of_side[-1]] = last._replace(columns=slice(last.columns.start, end))
+        return runs
+
+    def holds(self, projections: Sequence[LoRAProjection]) -> bool:
+        """Whether these are the weights and biases of this buffer, with adapters of the ranks that it has room for."""
+        return _ranks_of(projections) == self._ranks and all(
+            projection.weight.data_ptr() == self.weight_view(i).data_ptr()
+            and projection.weight.stride() == (self.weight.stride(0), 1)
+            and projection.bias is own.bias
+            for i, (projection, own) in enumerate(zip(projections, self.projections, strict=True))
+        )
+
+    def use(self, projections: Sequence[LoRAProjection]) -> bool:
+        """Hold these adapters from now on, copied in where they are others or have changed (`refresh`); whether any was.
+
+        Raises:
+            ValueError: not the weights and biases of this buffer, or other ranks than it was made with.
+        """
+        if not self.holds(projections):
+            raise ValueError(f"projections must have this buffer's weights and biases, and ranks {self._ranks}")
+        self.projections = tuple(projections)
+        return self.refresh()
 
     def new_input(self, rows: int) -> Tensor:
         """An activation buffer [rows, width], not yet written: a producer or the caller writes X to `x_of` it."""
@@ -210,7 +280,14 @@ class LoRAWeightBuffer:
         """dY of each projection in the gradient buffer, [M, N_i]."""
         return tuple(grad_buffer[:, rows] for rows in self._rows)
 
+    def s_of(self, x_buffer: Tensor) -> Tensor:
+        """S in the activation buffer, copied: [M, left + right]."""
+        left, right = x_buffer[:, : self.left], x_buffer[:, self.left + self.inputs :]
+        return torch.cat((left, right), 1) if self.left and self.right else (left if self.left else right).clone()
+
     def _rows_of(self, mask: Tensor | None, rows: Tensor) -> Tensor | None:
+        if mask is not None and not self.masked:
+            raise ValueError("adapter_mask must be None: the buffer was made with masked=False")
         return flatten_mask(mask, rows, [columns.stop - columns.start for columns in self._columns])
 
     def _scaled(self, s_ML: Tensor, mask: Tensor | None) -> Tensor:
@@ -228,6 +305,12 @@ class LoRAWeightBuffer:
         check_float("x_buffer", x_buffer)
         check_shape("x_buffer", x_buffer, (*x_buffer.shape[:1], self.width), "[M, left + K + right]")
         mask = self._rows_of(mask, x_buffer)
+        if not self.masked:
+            for run in self._runs:
+                shift = run.side * self.inputs
+                s_MR = x_buffer[:, run.columns.start + shift : run.columns.stop + shift]
+                s_MR.addmm_(self.x_of(x_buffer), self.lora_A_stacked[run.columns].t(), beta=0, alpha=run.scale)
+            return
         sums = product(self.x_of(x_buffer), self.lora_A_stacked.t(), self.column_scale.dtype)
         scaled = self._scaled(sums, mask)
         x_buffer[:, : self.left] = scaled[:, : self.left]
@@ -251,6 +334,13 @@ class LoRAWeightBuffer:
         check_shape("grad_buffer", grad_buffer, (*grad_buffer.shape[:1], len(self.weight)), "[M, N + left + right]")
         mask = self._rows_of(mask, grad_buffer)
         first = self._rows[0].stop
+        if not self.masked:
+            for run in self._runs:
+                grad_s_MR = grad_buffer[:, self.outputs + run.columns.start : self.outputs + run.columns.stop]
+                shift = run.side * self.inputs
+                lora_B_NR = self.weight[run.rows, run.columns.start + shift : run.columns.stop + shift]
+                grad_s_MR.addmm_(grad_buffer[:, run.rows], lora_B_NR, beta=0, alpha=run.scale)
+            return
         dtype = self.column_scale.dtype
         parts = []
         if self.left:
@@ -270,25 +360,41 @@ class LoRAWeightBuffer:
         check_float("x_buffer", x_buffer)
         check_float("grad_buffer", grad_buffer)
         check_shape("grad_buffer", grad_buffer, (*x_buffer.shape[:1], len(self.weight)), "[M, N + left + right]")
-        grad_x = grad_buffer @ self.weight[:, self._middle] if need_x else None
+        grad_x = self.input_gradient(grad_buffer) if need_x else None
+        shift = self.left + self.inputs
+        s_parts = x_buffer[:, : self.left], x_buffer[:, shift:]
+        found = self.adapter_gradients(self.x_of(x_buffer), s_parts, grad_buffer, [(need_A, need_B)] * len(self.projections))
+        return grad_x, tuple(grad_A for grad_A, _ in found), tuple(grad_B for _, grad_B in found)
+
+    def input_gradient(self, grad_buffer: Tensor) -> Tensor:
+        """dX [M, K], from the gradient buffer with dY's and dS: one product."""
+        return grad_buffer @ self.weight[:, self._middle]
+
+    def adapter_gradients(
+        self, x_MK: Tensor, s_parts: tuple[Tensor, Tensor], grad_buffer: Tensor, needs: Sequence[tuple[bool, bool]]
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """(dA, dB) of each projection, in the dtype of A and B, summed up in float32; None where not needed or not there.
+
+        Args:
+            x_MK: the input. s_parts: its S, [M, left] and [M, right]. grad_buffer: with dY's and dS.
+            needs: whether dA and dB of each projection are wanted.
+        """
         grad_A: list[Tensor | None] = [None] * len(self.projections)
         grad_B: list[Tensor | None] = [None] * len(self.projections)
         wide = {each.lora_A.dtype for each in self.projections if each.lora_A is not None} != {self.dtype}
-        if need_A:
+        if any(need_A for need_A, _ in needs) and self.left + self.right:
             dtype = accumulate_dtype(self.dtype) if wide else self.dtype
-            stacked = product(grad_buffer[:, self.outputs :].t(), self.x_of(x_buffer), dtype)
-        for i, projection in enumerate(self.projections):
+            stacked = product(grad_buffer[:, self.outputs :].t(), x_MK, dtype)
+        for i, (projection, (need_A, need_B)) in enumerate(zip(self.projections, needs, strict=True)):
             if projection.lora_A is None or projection.lora_B is None:
                 continue
-            if need_A:
-                grad_A[i] = stacked[self._columns[i]].to(projection.lora_A.dtype, copy=True)
+            columns, side = self._columns[i], min(i, 1)
+            if need_A:  # copied, so that no two gradients share memory
+                grad_A[i] = stacked[columns].to(projection.lora_A.dtype, copy=len(stacked) > self._ranks[i])
             if need_B:
-                grad_B[i] = product(grad_buffer[:, self._rows[i]].t(), self._s_of(x_buffer, i), projection.lora_B.dtype)
-        return grad_x, tuple(grad_A), tuple(grad_B)
-
-    def _s_of(self, x_buffer: Tensor, i: int) -> Tensor:
-        shift = 0 if i == 0 else self.inputs
-        return x_buffer[:, self._columns[i].start + shift : self._columns[i].stop + shift]
+                s_MR = s_parts[side][:, columns.start - side * self.left : columns.stop - side * self.left]
+                grad_B[i] = product(grad_buffer[:, self._rows[i]].t(), s_MR, projection.lora_B.dtype)
+        return list(zip(grad_A, grad_B, strict=True))
 
     def __call__(self, x: Tensor, adapter_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """y of each projection, [..., N_i], differentiable in x and the adapters; equal to `lora_linear_group`.

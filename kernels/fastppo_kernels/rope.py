@@ -1,6 +1,6 @@
 """Rotary position embedding of queries and keys (Su et al. 2021), in the half-rotation form of Hugging Face's models."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,22 @@ def _(q_BHTD: Tensor, k_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, inverse:
     return torch.empty_like(q_BHTD), torch.empty_like(k_BHTD)
 
 
+@torch.library.custom_op("fastppo_kernels::rope_into", mutates_args=("q_out", "k_out"))
+def _rope_into(
+    q_BHTD: Tensor, k_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, inverse: bool, q_out: Tensor, k_out: Tensor
+) -> None:
+    """`_rope` into memory that is there; only the entries of a head need to lie side by side."""
+    from . import _triton_rope
+
+    if q_BHTD.shape[0] and q_BHTD.shape[2]:
+        _triton_rope.rotate(q_BHTD, k_BHTD, cos_BTR, sin_BTR, inverse, q_out, k_out)
+
+
+@_rope_into.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, _, cos_BTR, sin_BTR, ctx.inverse = inputs
     ctx.save_for_backward(cos_BTR, sin_BTR)
@@ -141,3 +157,24 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend | N
     else:
         out = _rotated(q_BHTD, cos, sin), _rotated(k_BHTD, cos, sin)
     return (out[0][0].transpose(0, 1), out[1][0].transpose(0, 1)) if packed else out
+
+
+def turn_back(
+    grad_q_THD: Tensor, grad_k_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, places: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q and k from those of what `rope` gave, in the packed form, without autograd.
+
+    places: where to write them, of any strides but within a head; None: in tensors of their own.
+    """
+    if use_triton(grad_q_THD, None) and torch.float64 not in (grad_q_THD.dtype, cos_TR.dtype) and cos_TR.shape[1] <= _WIDEST:
+        if places is None:
+            places = torch.empty_like(grad_q_THD), torch.empty_like(grad_k_THD)
+        tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_q_THD, grad_k_THD))
+        q_BHTD, k_BHTD, q_out, k_out = (x.transpose(0, 1)[None] for x in (*tensors, *places))
+        _rope_into(q_BHTD, k_BHTD, cos_TR[None], sin_TR[None], True, q_out, k_out)
+        return places[0], places[1]
+    # The transposed rotation: the other sign, and the sine of the other half.
+    found = rope(grad_q_THD, grad_k_THD, cos_TR, -sin_TR.roll(sin_TR.shape[1] // 2, 1))
+    if places is None:
+        return found
+    return places[0].copy_(found[0]), places[1].copy_(found[1])

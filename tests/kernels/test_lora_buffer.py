@@ -82,6 +82,62 @@ def test_equals_the_group_with_nan_in_the_corners(rows, K, shapes, groups, bias,
     compare(buffer, projections, x, mask, rtol=1e-12, atol=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    K=st.integers(1, 20),
+    shapes=st.lists(st.tuples(st.integers(1, 12), st.sampled_from([None, 1, 2, 8, 9])), min_size=1, max_size=4),
+    scales=st.lists(st.sampled_from([0.5, 2.0]), min_size=4, max_size=4),
+    bias=st.booleans(),
+    align=st.sampled_from([1, 8, 64]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_group_without_masks(rows, K, shapes, scales, bias, align, seed):
+    """Columns that are made by one product where scales are the same; and what only rounds up is written."""
+    torch.manual_seed(seed)
+    projections = projections_for(shapes, K, bias=bias, scales=scales)
+    buffer = LoRAWeightBuffer(projections, align=align, masked=False)
+    fill_corners(buffer, torch.nan)
+    x_buffer, grad_buffer = buffer.new_input(rows).fill_(torch.nan), buffer.new_grad(rows).fill_(torch.nan)
+    buffer.x_of(x_buffer).zero_()
+    grad_buffer[:, : buffer.outputs].zero_()
+    buffer.fill_s(x_buffer)
+    buffer.fill_ds(grad_buffer)
+    assert not x_buffer.any() and not grad_buffer.any()
+    compare(buffer, projections, torch.randn(rows, K, dtype=torch.float64, requires_grad=True), rtol=1e-12, atol=1e-12)
+
+
+def test_other_adapters_in_the_same_buffer():
+    torch.manual_seed(10)
+    buffer = LoRAWeightBuffer(projections_for(bias=True), masked=False)
+    first = [each._replace(weight=buffer.weight_view(i)) for i, each in enumerate(buffer.projections)]
+    new = lambda x: torch.randn_like(x).requires_grad_()  # noqa: E731
+    others = [each._replace(lora_A=new(each.lora_A), lora_B=new(each.lora_B)) for each in first]
+    others[2] = others[2]._replace(scale=7.0)
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    assert not buffer.use(first) and buffer.use(others) and not buffer.use(others)
+    compare(buffer, others, x, rtol=1e-12, atol=1e-12)
+    assert buffer.use(first)
+    compare(buffer, first, x, rtol=1e-12, atol=1e-12)
+    changes = {"weight": first[0].weight.clone()}, {"lora_A": None, "lora_B": None}, {"bias": None}
+    for projections in (*([first[0]._replace(**change), *first[1:]] for change in changes), first[:2]):
+        assert not buffer.holds(projections)
+        with pytest.raises(ValueError, match=r"projections must have this buffer's weights and biases, and ranks \[4, 3, 5\]"):
+            buffer.use(projections)
+    scaled = [first[0]._replace(scale=9.0), *first[1:]]
+    assert buffer.use(scaled)
+    compare(buffer, scaled, x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_without_masks_what_is_not_finite_is_seen(broken):
+    projections = projections_for()
+    with torch.no_grad():
+        projections[1].lora_B[3, 0] = broken
+    y = LoRAWeightBuffer(projections, masked=False)(torch.ones(2, 16, dtype=torch.float64))
+    assert y[0].isfinite().all() and not y[1][:, 3].isfinite().any() and y[2].isfinite().all()
+
+
 def test_gradcheck():
     torch.manual_seed(0)
     projections = projections_for(((5, 2), (3, 2)), 4)
@@ -364,8 +420,6 @@ def test_wrong_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             LoRAWeightBuffer(wrong)
-    with pytest.raises(ValueError, match="projections must have at least one adapter"):
-        LoRAWeightBuffer(projections_for(((4, None), (3, None))))
     with pytest.raises(ValueError, match=r"projections\[0\].weight must be frozen"):
         LoRAWeightBuffer([good[0]._replace(weight=torch.randn(24, 16, dtype=torch.float64, requires_grad=True))])
     with pytest.raises(ValueError, match=r"projections\[0\].bias must be frozen"):
@@ -376,6 +430,8 @@ def test_wrong_arguments():
         LoRAWeightBuffer([good[0], LoRAProjection(torch.randn(4, 16))])
     with pytest.raises(ValueError, match="align must be an integer"):
         LoRAWeightBuffer(good, align=0)
+    with pytest.raises(ValueError, match="adapter_mask must be None: the buffer was made with masked=False"):
+        LoRAWeightBuffer(good, masked=False)(torch.randn(3, 16, dtype=torch.float64), torch.ones(3))
     buffer = LoRAWeightBuffer(good)
     with pytest.raises(ValueError, match=r"x must have shape \[..., 16\]"):
         buffer(torch.randn(3, 15, dtype=torch.float64))

@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from fastppo.batch.token_tree import build_tree
 from fastppo.checkpoint import save_adapter
 from fastppo.config import load_config
+from fastppo.memory import Machine
 from fastppo.model import llama_trunk
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import Base
+from fastppo_kernels import _bordered_layer
 
 RANKS = (1, 8, 16, 64, 128)
 SIZES = {
@@ -115,6 +117,15 @@ def fused(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def bordered(monkeypatch):
+    """With weights in bordered buffers, as on a GPU; how many layers were computed through those."""
+    monkeypatch.setattr(Machine, "borders", lambda self, layer: layer.fused)
+    seen, real = [], _bordered_layer.forward
+    monkeypatch.setattr(_bordered_layer, "forward", lambda *args, **how: seen.append(1) or real(*args, **how))
+    return seen
+
+
 def assert_same(found, wanted):
     """To 1e-5 of each result's norm, a gradient that is next to nothing to that of a usual one."""
     (logits, grads), (plain_logits, plain_grads) = found, wanted
@@ -140,6 +151,21 @@ def test_ranks_and_scales_on_a_tree(rank, rslora, kind, tmp_path, fused):
     model, sequences = make(kind, rank=rank, rslora=rslora), tree_sequences()
     plain, trained = plain_of(model, tmp_path, kind, torch.float32)
     assert_same(ours_of(model, sequences, fused), plain_run(plain, trained, sequences))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rslora", [False, True], ids=["LoRA", "rsLoRA"])
+@pytest.mark.parametrize("rank", RANKS)
+def test_ranks_and_scales_on_a_tree_through_buffers(rank, rslora, kind, tmp_path, fused, bordered):
+    test_ranks_and_scales_on_a_tree(rank, rslora, kind, tmp_path, fused)
+    assert len(bordered) == SIZES["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 63, 65, 257, 4096])
+def test_lengths_through_buffers(length, kind, tmp_path, fused, bordered):
+    test_lengths(length, kind, tmp_path, fused)
+    assert len(bordered) == SIZES["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,6 +206,14 @@ def test_bfloat16_is_as_exact_as_transformers_and_peft(tmp_path, fused):
         assert 0 < each["ours"] <= 1.02**2 * each["autocast"] and each["ours"] <= 1.1**2 * each["float32 adapters"], errors
     total = {name: sum(each[name] for each in errors.values()) for name in ("ours", "autocast")}
     assert total["ours"] <= total["autocast"], errors
+
+
+def test_bfloat16_through_buffers_is_more_exact_than_peft_in_float32(tmp_path, fused, bordered):
+    """Adapters are added up with the base in float32 and rounded once with it: less than what rounding the adapters costs."""
+    for rank in RANKS:
+        errors = bfloat16_errors(rank, tmp_path, fused)
+        assert 0 < errors["ours"] <= 0.9 * min(errors["autocast"], errors["float32 adapters"]), (rank, errors)
+    assert 2 * len(bordered) == len(fused)  # the others are the trial of a new model, before it has adapters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
