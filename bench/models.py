@@ -74,5 +74,5 @@ def keep_micro_batch(model: ActorCritic) -> ActorCritic:
     def refuse(notice: str) -> None:
         raise torch.OutOfMemoryError(notice)
 
-    model.notice = refuse
+    model.notify = refuse
     return model

@@ -211,7 +211,7 @@ class Trainer:
     def go(self, tracker: Tracker) -> dict[str, Any]:
         """Run the stages that are not done; write and show the summary."""
         self.tracker = tracker
-        self.model.notice = tracker.note
+        self.model.notify = tracker.note
         if self.state.stage == "done" and (self.run / "summary.json").is_file():
             self.tracker.note(f"run {self.run}: is finished already, nothing to do")
             if not (self.run / "adapter").is_dir():
@@ -489,7 +489,7 @@ class Trainer:
         if not self.model.backbone.packed:
             kind = type(self.model.base.model).__name__
             note(f"{kind}: {self.model.backbone.padded_because}; running padded, with the same results")
-        for line in self.model.notices:
+        for line in self.model.plan_notices:
             note(line)
 
     def summary(self) -> dict[str, Any]:

@@ -219,5 +219,5 @@ def test_training_takes_what_was_chosen(monkeypatch):
     assert make_model("llama").activations == "keep" and make_model("llama").micro_batch_tokens == 2048
     monkeypatch.setattr(budget, "memory_of_host", lambda: (200_000, None))
     model = make_model("llama")
-    assert model.activations == "recompute" and model.micro_batch_tokens == 2048 and model.notices
+    assert model.activations == "recompute" and model.micro_batch_tokens == 2048 and model.plan_notices
     assert make_model("llama", activations="keep").activations == "keep"

@@ -218,7 +218,7 @@ def test_nothing_smaller_is_left():
     model = make_model("llama")
     mini = MiniBatch(pack(random_prompts(0, 4), [(i, [7, 8]) for i in range(4)], budget=BUDGET, padded=False, device="cpu"))
     seen: list[str] = []
-    model.notice = seen.append
+    model.notify = seen.append
 
     def attempt():
         mini.parts = [piece for part in mini.parts for piece in part.cut(model.micro_batch_tokens, padded=False)]
@@ -249,7 +249,7 @@ def test_what_filled_the_memory_is_let_go_before_the_next_attempt():
             run_out(1)
         return MicroBatch
 
-    model.notice = lambda text: None
+    model.notify = lambda text: None
     assert with_less_memory(model, "trying", attempt, lambda: "less") is MicroBatch
 
 

@@ -50,7 +50,7 @@ class ActorCritic:
         # Since memory ran out: tokens of a micro-batch, and sequences sampled at a time.
         self.most_tokens: int | None = None
         self.most_slots: int | None = None
-        self.notice: Callable[[str], None] = lambda text: print(f"fastppo: {text}", file=sys.stderr)
+        self.notify: Callable[[str], None] = lambda text: print(f"fastppo: {text}", file=sys.stderr)
         self.backbone = Backbone(base.model)
         self.device = self.backbone.head.weight.device
         self.peft = add_policy(base.model, config)
@@ -77,7 +77,7 @@ class ActorCritic:
         chosen = budget.Budget(self._sizes, self.config, budget.Device.of(self.device), prompts).choose()
         self._chosen_tokens = chosen.tokens
         self.activations = chosen.activations  # keep, recompute or offload
-        self.notices = (*chosen.notices, *chosen.too_much)  # for the user, a line each
+        self.plan_notices = (*chosen.notices, *chosen.too_much)  # for the user, a line each
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -31,6 +31,7 @@ from fastppo_kernels import (
     LoRAProjection,
     LoRAWeightBuffer,
     decoder_layer,
+    fold_lora,
     frozen_linear,
     lora_linear_group,
     rms_norm,
@@ -181,15 +182,12 @@ def _project(folded: dict[Any, Any] | None, x_TK: Tensor, *modules: nn.Module) -
 
 def _fold(x_TK: Tensor, modules: tuple[nn.Module, ...]) -> tuple[Tensor, Tensor | None, list[int]] | None:
     """Weight + scale B A of the layers on top of each other, their biases, their sizes; None where one is no plain layer."""
-    weights, biases, has_bias = [], [], False
+    projections = []
     for projection in map(_projection, modules):
         if projection is None or any(t is not None and t.dtype != x_TK.dtype for t in (projection.weight, projection.lora_A)):
             return None
-        weight, lora_A, lora_B, scale, bias = projection
-        weights.append(weight if lora_A is None or lora_B is None else torch.addmm(weight, lora_B, lora_A, alpha=scale))
-        biases.append(weight.new_zeros(len(weight)) if bias is None else bias)
-        has_bias |= bias is not None
-    return torch.cat(weights), torch.cat(biases) if has_bias else None, [len(weight) for weight in weights]
+        projections.append(projection)
+    return *fold_lora(projections), [len(projection.weight) for projection in projections]
 
 
 def _projection(module: Any) -> LoRAProjection | None:

@@ -42,7 +42,7 @@ def with_less_memory(model: ActorCritic, phase: str, attempt: Callable[[], T], s
             )
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-        model.notice(f"out of memory while {phase}: done again, and the run goes on, with {how}")
+        model.notify(f"out of memory while {phase}: done again, and the run goes on, with {how}")
 
 
 def shrink_micro_batch(model: ActorCritic, minibatches: Sequence[MiniBatch]) -> str | None:

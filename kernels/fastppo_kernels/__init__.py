@@ -23,7 +23,7 @@ from .linear_logprob import linear_logprob
 from .linear_ppo_loss import linear_ppo_loss
 from .lora_buffer import LoRAWeightBuffer
 from .lora_gemm import NF4Weight, lora_gemm
-from .lora_linear import LoRAProjection, lora_linear, lora_linear_group
+from .lora_linear import LoRAProjection, fold_lora, lora_linear, lora_linear_group
 from .patch_peft import adapter_mask, patch_peft, unpatch_peft
 from .ppo_loss import ppo_loss, ppo_policy_loss, ppo_value_loss, reduce_metrics
 from .rms_norm import rms_norm, rms_norm_lora
@@ -51,6 +51,7 @@ __all__ = [
     "chosen_kernel_backend",
     "decode_attention",
     "decoder_layer",
+    "fold_lora",
     "frozen_linear",
     "gae",
     "kernel_backends",

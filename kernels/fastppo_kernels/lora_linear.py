@@ -240,6 +240,37 @@ def lora_linear_group(
     return checked_group(x, projections, mask_MG, backend, fold)
 
 
+@torch.no_grad()
+def fold_lora(projections: Sequence[LoRAProjection]) -> tuple[Tensor, Tensor | None]:
+    """Projections of one input as one linear map: W + scale B A of each on top of each other, and their biases.
+
+    Args:
+        projections: at least one, of one number of inputs, dtype and device; those without an adapter are as they are.
+
+    Returns:
+        (weight [N, K], bias [N] in the weight's dtype, 0 where a projection has none; None where none has): without gradient.
+        Of one projection without an adapter the weight itself, else tensors of their own.
+
+    Raises:
+        ValueError: no projection, or a wrong shape, dtype, device or number.
+    """
+    check_projections(projections)
+    if len(projections) == 0:
+        raise ValueError("projections must not be empty")
+    first = projections[0].weight
+    check_float("projections[0].weight", first)
+    if first.dim() != 2:
+        raise ValueError(f"projections[0].weight must have shape [N, K], got {list(first.shape)}")
+    for i, projection in enumerate(projections):
+        check_projection(f"projections[{i}].", projection, first, False, "projections[0].weight")
+        if projection.lora_A is not None and projection.lora_B is not None:
+            for name, tensor in (("lora_A", projection.lora_A), ("lora_B", projection.lora_B)):
+                if tensor.dtype != first.dtype:
+                    raise ValueError(f"projections[{i}].{name} must have the weight's dtype {first.dtype}, got {tensor.dtype}")
+    plain = [_lora_ops.Projection(w, lora_A, lora_B, bias, float(scale)) for w, lora_A, lora_B, scale, bias in projections]
+    return _lora_fold.fold(plain), _lora_fold.fold_bias(plain)
+
+
 def choice_of(x: Tensor, backend: Backend | None) -> str:
     """What `_lora_ops` is to choose from: "torch", "triton", or "auto", the faster of both."""
     if use_triton(x, backend) and x.dtype != torch.float64:

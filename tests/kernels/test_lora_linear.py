@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastppo_kernels import _lora_ops
 from fastppo_kernels._checks import check_device, check_shape
-from fastppo_kernels.lora_linear import LoRAProjection, lora_linear, lora_linear_group
+from fastppo_kernels.lora_linear import LoRAProjection, fold_lora, lora_linear, lora_linear_group
 
 # The package exports the function under the module's name.
 lora_linear_module = importlib.import_module("fastppo_kernels.lora_linear")
@@ -527,3 +527,32 @@ def test_without_an_adapter_it_is_the_plain_map():
 def test_an_empty_variable_is_as_if_not_set(monkeypatch):
     monkeypatch.setenv("FASTPPO_KERNELS", "")
     assert lora_linear(torch.randn(3, 6), torch.randn(5, 6), None, None).shape == (3, 5)
+
+
+def test_folded_projections_are_one_linear_map():
+    layers = [peft_layer(12, 7, 3, bias=True), peft_layer(12, 4, 2, rslora=True)]
+    projections = [*map(parts, layers), LoRAProjection(torch.randn(5, 12))]
+    weight, bias = fold_lora(projections)
+    assert not weight.requires_grad and bias is not None and not bias[7:].any()
+    x = torch.randn(6, 12)
+    wanted = torch.cat([*(layer(x) for layer in layers), x @ projections[2].weight.t()], 1)
+    torch.testing.assert_close(F.linear(x, weight, bias), wanted)
+    assert fold_lora(projections[1:])[1] is None
+    assert fold_lora(projections[2:])[0] is projections[2].weight
+
+
+@pytest.mark.parametrize(
+    ("projections", "message"),
+    [
+        ([], "projections must not be empty"),
+        ([LoRAProjection(torch.zeros(2, n)) for n in (3, 4)], r"projections\[1\].weight must have shape \[N, 3\]"),
+        ([LoRAProjection(torch.zeros(3))], r"projections\[0\].weight must have shape \[N, K\], got \[3\]"),
+        (
+            [LoRAProjection(torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(1, 3), torch.zeros(2, 1))],
+            r"projections\[0\].lora_A must have the weight's dtype torch.bfloat16, got torch.float32",
+        ),
+    ],
+)
+def test_what_cannot_be_folded_is_one_line(projections, message):
+    with pytest.raises(ValueError, match=message):
+        fold_lora(projections)
