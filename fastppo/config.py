@@ -170,7 +170,10 @@ class SampleConfig:
     stop: tuple[str, ...] = _setting(
         (), r'text that ends an answer; \n is a newline; several as a JSON list, ["a", "b"]'
     )
-    constrained: bool = _setting(False, "draw nothing but the answers of the task; log-probs stay those among all tokens")
+    constrained: bool = _setting(
+        False,
+        "draw nothing but the answers of the task; ratio and KL stay of all tokens: right where constrained_mass is near 1",
+    )
     slots: int = _setting(512, "sequences decoded at the same time", low=1)
     gap_limit: float | None = _setting(
         None,

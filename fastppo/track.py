@@ -21,6 +21,7 @@ SHOWN = {  # the metrics on the progress line, in this order; metrics.jsonl has 
     "reward": "reward {:+.3f}",
     "kl": "KL {:.4f}",
     "accuracy": "accuracy {:.3f}",
+    "constrained_mass": "mass of the answers {:.3f}",
     "valid_mcc": "held-out MCC {:.3f}",
     "samples_per_s": "{:.0f} samples/s",
 }

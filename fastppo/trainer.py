@@ -293,6 +293,8 @@ class Trainer:
                 "tokens_tree": sum(tree.n_tokens for tree in trees),
                 "tokens_padded": sum(tree.padded_tokens for tree in trees),
             }  # fmt: skip
+            if self.allowed is not None:
+                metrics["constrained_mass"] = float(np.mean([s.mass for s in done.rollout.samples]))
             if estimates.kl is not None:
                 metrics |= {"kl": estimates.kl, "kl_coef": state.kl_coef}
                 if not critic_only:  # the policy stands still while the critic warms up

@@ -16,7 +16,9 @@ class Sample:
 
     prompt: index of its prompt. tokens: what was sampled, the end token included if it came. logprobs: of those tokens under
     the sampler's full distribution at its temperature. finish: ``eos``, ``stop`` (a stop string) or ``length``. text: the
-    answer without the end token or stop string.
+    answer without the end token or stop string. mass: where nothing but answers could be drawn, the product over the tokens of
+    the probability of all that might have followed; p / q of the policy and of what is drawn from, so its mean over the samples
+    is the probability with which the policy by itself gives an answer.
     """
 
     prompt: int
@@ -24,6 +26,7 @@ class Sample:
     logprobs: list[float]
     finish: str
     text: str
+    mass: float = 1.0
 
 
 @dataclass(frozen=True)

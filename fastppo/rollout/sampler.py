@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ class _Running:
     prompt: int
     tokens: list[int]
     logprobs: list[float]
+    log_mass: float = 0.0
 
 
 @torch.no_grad()
@@ -67,7 +69,8 @@ def generate(
         seed, first_id: the draw of sample ``i`` depends only on ``seed``, ``first_id + i`` and its own tokens, not on the
             batch it runs in.
         answers: nothing else is sampled (constrained decoding; top-k and top-p choose among what may follow). The log-probs
-            stay those of the full distribution. Answers of more than ``max_new_tokens`` tokens are cut off.
+            stay those of the full distribution; how much of that is on the answers is each sample's ``mass``. Answers of more
+            than ``max_new_tokens`` tokens are cut off.
         finished: called with a sample and its index in the rollout as soon as it ends, while others decode.
         check: called once a step; it may raise to stop.
 
@@ -127,7 +130,10 @@ def _generate(
         )  # fmt: skip
         if answers is not None:  # drawn are places among what may follow
             tokens, nodes = answers.follow(nodes, tokens)
+            among = logprobs
             logprobs, _ = token_logprob(logits, tokens, temperature=sampling.temperature or 1.0)
+            for member, log_mass in zip(members, (logprobs - among).tolist(), strict=True):
+                member.log_mass += log_mass
         for member, token, logprob in zip(members, tokens.tolist(), logprobs.tolist(), strict=True):
             member.tokens.append(token)
             member.logprobs.append(logprob)
@@ -161,7 +167,8 @@ def _generate(
             if finish is None:
                 going.append(place)
             else:
-                end(member.index, Sample(member.prompt, member.tokens, member.logprobs, finish, text))
+                mass = min(1.0, math.exp(member.log_mass))
+                end(member.index, Sample(member.prompt, member.tokens, member.logprobs, finish, text, mass))
         if len(going) < len(running):
             order = decoder.keep(going)
             running = [running[i] for i in order]

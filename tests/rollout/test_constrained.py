@@ -1,5 +1,6 @@
 """Constrained decoding: nothing but the answers, drawn as the policy would draw among them."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -97,6 +98,32 @@ def test_draws_follow_the_policy_among_what_may_follow():
         p = torch.tensor([logprob[*begin, token] for token in these]).softmax(0)[0]
         assert n > 200 and 0.02 < p < 0.98
         assert abs(counts[*begin, these[0]] / n - p) < 4 * (p * (1 - p) / n) ** 0.5  # four standard errors
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_mass_is_the_policys_own_probability_of_an_answer(temperature):
+    """Of each sample the product of what might have followed; in the mean, for q is p / mass, all answers' probability."""
+    model, prompt = make_model("llama"), random_prompts(0, 1)
+    settings = Sampling(max_new_tokens=4, slots=4000, temperature=temperature)
+    samples = generate(model, prompt, 4000, settings, seed=0, answers=TokenTrie(ANSWERS)).samples
+    tree = build_tree([prompt[0] + answer for answer in ANSWERS], [len(prompt[0])] * len(ANSWERS))
+    logprob = model.policy_logprob(tree, temperature=temperature)[0].detach().split([len(answer) for answer in ANSWERS])
+    p = {tuple(answer): of.sum().exp().item() for answer, of in zip(ANSWERS, logprob, strict=True)}
+    next_p = {}  # of each beginning of an answer and each token behind it
+    for answer, of in zip(ANSWERS, logprob, strict=True):
+        for i, token in enumerate(answer):
+            next_p.setdefault(tuple(answer[:i]), {})[token] = of[i].exp().item()
+    for answer in ANSWERS:
+        wanted = math.prod(sum(next_p[tuple(answer[:i])].values()) for i in range(len(answer)))
+        found = [s.mass for s in samples if s.tokens == answer]
+        assert found and max(abs(mass / wanted - 1) for mass in found) < 1e-4
+    mass = torch.tensor([s.mass for s in samples])
+    assert abs(mass.mean() - sum(p.values())) < 4 * mass.std() / len(mass) ** 0.5
+
+
+def test_without_constraint_the_mass_is_all():
+    rollout = generate(make_model("llama"), random_prompts(0, 3), 2, Sampling(), seed=0)
+    assert {s.mass for s in rollout.samples} == {1.0}
 
 
 def best_answer(model, prompt):
@@ -200,6 +227,7 @@ def test_a_constrained_run_and_its_evaluation(world, tmp_path):
     rows = [*ppo_steps(run), *summary["stages"].values()]
     assert [row["malformed"] for row in rows] == [0.0] * len(rows)
     assert {row["answer"].strip() for row in lines(run / "samples.jsonl")} == {"yes", "no"}
+    assert all(0 < row["constrained_mass"] <= 1 for row in ppo_steps(run))
     assert all(row["first_log_ratio"] == 0.0 for row in ppo_steps(run)) and summary["sampler_gap_max"] < 1e-4
     again = evaluate_run(run, None, "dev", None, quiet_console())
     assert again == {key: value for key, value in summary["stages"]["ppo"].items() if key != "labels"}
