@@ -309,6 +309,8 @@ SETTINGS: dict[str, Setting] = {setting.key: setting for setting in _leaves(Conf
 # A model of a hundred million parameters and more wants smaller steps than the tiny built-in one. Ten times N+'s rate for full
 # fine-tuning (3e-6) for PPO; the usual LoRA rate for SFT (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, table 9).
 REAL_MODEL_DEFAULTS = {"sft.lr": 2e-4, "ppo.lr": 3e-5}
+# Of settings that are no more: what does what they did.
+REPLACED = {"value.detach": ("value.trunk", "detached"), "value.adapter": ("value.trunk", "own")}
 SECTIONS: dict[str, type] = {
     f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(Config) if "rule" not in f.metadata
 }
@@ -320,8 +322,13 @@ def _shown(value: object) -> str:
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """`; did you mean X or Y?` for a name that is not known, or nothing if none is near."""
+    """`; did you mean X or Y?` for a name that is not known, what took its place, or nothing if none is near."""
     bare = word.lstrip("-")
+    if replaced := REPLACED.get(bare.removeprefix("no-").replace("-", ".")):
+        key, value = replaced
+        for name, form in ((key, f"{key}: {value}"), (SETTINGS[key].flag, f"{SETTINGS[key].flag} {value}")):
+            if name in known:
+                return f"; what it did is now {form}"
     near = [name for name in known if name.endswith(("." + bare, "-" + bare))]
     near = near or difflib.get_close_matches(word, known, n=2, cutoff=0.75)
     return f"; did you mean {' or '.join(near[:3])}?" if near else ""

@@ -21,7 +21,7 @@ from fastppo.config import Config
 from fastppo.errors import UserError, printable
 from fastppo.model.adapters import add_policy
 from fastppo.model.llama_trunk import LlamaTrunk
-from fastppo.model.load import be_quiet, first_line, load_tokenizer, pick_device, pick_dtype, source_of
+from fastppo.model.load import be_quiet, check_decoder, first_line, load_tokenizer, pick_device, pick_dtype, source_of
 from fastppo.tasks import get_task, load_data
 from fastppo.tasks.data import looks_like_path
 
@@ -125,9 +125,13 @@ def shapes(config: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
     be_quiet()
     remote = {"trust_remote_code": config.trust_remote_code}
     try:
+        found = AutoConfig.from_pretrained(source, **remote)
+        check_decoder(found, shown)
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **remote), dtype=dtype, **remote)
+            model = AutoModelForCausalLM.from_config(found, dtype=dtype, **remote)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises kinds of its own for every damage
         raise UserError(f"{shown}: its configuration cannot be used: {first_line(error)}") from error
     model.requires_grad_(False)

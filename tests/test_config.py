@@ -168,6 +168,7 @@ def test_a_wrong_flag_gives_one_line_with_its_name_value_and_what_is_allowed(key
         ("task: no\n", "task: False is not allowed"),
         ("sample:\n  stop: [1]\n", "sample.stop: [1] is not allowed"),
         ("ppo:\n  lrr: 1\n", "unknown setting 'ppo.lrr'; did you mean ppo.lr?"),
+        ("value: {detach: true}\n", "unknown setting 'value.detach'; what it did is now value.trunk: detached"),
         ("kl_coef: 1\n", "unknown setting 'kl_coef'; did you mean ppo.kl_coef?"),
         ("pop:\n  lr: 1\n", "unknown setting 'pop'"),
         ("ppo: 3\n", "ppo: 3 is not allowed; expected a section of settings"),

@@ -242,9 +242,9 @@ BREAKS = {
     no_eos: "its tokenizer has no end-of-sequence token",
     bad_tokenizer: "its tokenizer cannot be loaded",
     small_embedding: "they do not belong together",
-    encoder: "the weights lack",
-    masked_lm: "this architecture is not supported",
-    encoder_decoder: "cannot be loaded",
+    encoder: "is an encoder (bert); expected a decoder",
+    masked_lm: "is an encoder (bert); expected a decoder",
+    encoder_decoder: "is an encoder and decoder (t5); expected a decoder",
 }
 
 

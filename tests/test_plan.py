@@ -6,6 +6,7 @@ import sys
 import pytest
 from small import World
 from tiny import save_tiny_model
+from transformers import BertConfig, DistilBertConfig, T5Config, ViTConfig
 
 from fastppo import cli
 
@@ -105,6 +106,30 @@ def test_a_damaged_configuration_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert cli.main(["plan", "--model", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"fastppo: error: model {str(tmp_path)!r}: its configuration cannot be used: ")
+
+
+@pytest.mark.parametrize(
+    ("made", "is_what"),
+    [
+        (BertConfig(), "an encoder (bert)"),
+        (DistilBertConfig(), "an encoder (distilbert)"),
+        (T5Config(), "an encoder and decoder (t5)"),
+        (ViTConfig(), "no language model (vit)"),
+    ],
+    ids=lambda made: getattr(made, "model_type", ""),
+)
+def test_what_is_no_decoder_is_one_line(made, is_what, tmp_path, capsys):
+    made.save_pretrained(tmp_path)
+    assert cli.main(["plan", "--model", str(tmp_path), "--gpu", "l4"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (
+        "", f"fastppo: error: model {str(tmp_path)!r}: is {is_what}; expected a decoder, such as Llama or Qwen\n"
+    )  # fmt: skip
+
+
+def test_an_encoder_that_is_made_a_decoder_is_one(tmp_path, capsys):
+    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, is_decoder=True).save_pretrained(tmp_path)
+    assert cli.main(["plan", "--model", str(tmp_path), "--gpu", "l4"]) == 0
 
 
 def test_data_that_is_not_here_is_not_fetched(world: World, capsys):

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from fastppo.builtin import MODEL_DIR
@@ -91,6 +100,7 @@ def load_base(config: Config) -> Base:
     be_quiet()
     try:
         found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        check_decoder(found, shown)
         if getattr(found, "quantization_config", None) is not None:
             options["device_map"] = _whole_on(device)
         with warnings.catch_warnings():
@@ -98,6 +108,8 @@ def load_base(config: Config) -> Base:
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+    except UserError:
+        raise
     except Exception as error:  # transformers, safetensors and torch each raise kinds of their own for a damaged folder
         missing_here = "" if Path(source).is_dir() else "no such folder, and the hub does not give it: "
         raise UserError(f"{shown}: cannot be loaded: {missing_here}{first_line(error)}") from error
@@ -120,6 +132,22 @@ def load_base(config: Config) -> Base:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels launch on the current device
     return Base(model, tokenizer, _eos_ids(model, tokenizer, shown), source)
+
+
+def check_decoder(found: PreTrainedConfig, shown: str) -> None:
+    """Raises UserError for the configuration of a model that does not write from left to right, such as BERT's or T5's."""
+    if "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {}):  # code of its own knows
+        return
+    if found.is_encoder_decoder:
+        kind = "an encoder and decoder"
+    elif type(found) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # transformers makes a decoder of some encoders too, which looks ahead unless its configuration says otherwise.
+        if type(found) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(found, "is_decoder", False):
+            return
+        kind = "an encoder"
+    else:
+        kind = "an encoder" if type(found) in MODEL_FOR_MASKED_LM_MAPPING else "no language model"
+    raise UserError(f"{shown}: is {kind} ({found.model_type}); expected a decoder, such as Llama or Qwen")
 
 
 def _in_4_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
