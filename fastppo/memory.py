@@ -373,10 +373,9 @@ class _Bordered(_Trunk):
         before, inner, hidden = walk.now, size(rows, layer.inner), size(rows, layer.hidden)
         of_down = hidden + self.s(3)
         walk.take(of_down)
-        walk.take(inner, self.gradients(3))  # that of h
-        walk.use(inner)  # h again
+        walk.take(inner)  # that of h, then h
         of_gate_up = 2 * inner + self.s(2)
-        walk.take(of_gate_up)
+        walk.take(of_gate_up, self.gradients(3))
         walk.drop(of_down, inner)
         walk.take(hidden, self.gradients(2))  # of m
         walk.use(hidden)  # m again

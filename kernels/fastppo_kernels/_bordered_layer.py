@@ -18,7 +18,7 @@ from ._gather import add_rows_
 from ._lora_ops import Needs
 from .lora_buffer import LoRAWeightBuffer
 from .rms_norm import normalise, normalise_backward, rms_norm_lora
-from .swiglu import swiglu, swiglu_backward_lora, swiglu_lora
+from .swiglu import swiglu_backward_lora, swiglu_lora
 
 
 def suits(weights: DecoderWeights) -> bool:
@@ -63,14 +63,14 @@ def _from_swiglu(buffer: LoRAWeightBuffer, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _from_swiglu_back(buffer: LoRAWeightBuffer, grad_h: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """A gradient buffer with dG, dU and their dS."""
+    """A gradient buffer with dG, dU and their dS. silu(gate) up takes the place of its gradient."""
     out = buffer.new_grad(len(gate))
-    of_gate, of_up = buffer.border(0), buffer.border(1)
+    of_gate, of_up, scale = buffer.border(0), buffer.border(1), buffer.column_scale
     if _makes_columns(buffer, max(buffer.left, buffer.right), True, gate, up, grad_h, out):
-        swiglu_backward_lora(grad_h, gate, up, of_gate, of_up, buffer.column_scale, out=out)
+        swiglu_backward_lora(grad_h, gate, up, of_gate, of_up, scale, out=out, h=grad_h)
     else:
         none = of_gate[:, :0]
-        swiglu_backward_lora(grad_h, gate, up, none, none, buffer.column_scale[:0], out=out[:, : buffer.outputs])
+        swiglu_backward_lora(grad_h, gate, up, none, none, scale[:0], out=out[:, : buffer.outputs], h=grad_h)
         buffer.fill_ds(out)
     return out
 
@@ -133,10 +133,10 @@ def backward(
     grads = of_down.new_grad(rows)
     of_down.grads_of(grads)[0].copy_(grad_z_RH)
     of_down.fill_ds(grads)
-    grad_h = of_down.input_gradient(grads)
-    down = adapters(3, swiglu(kept.gate, kept.up), grads) if any(map(any, wanted[3])) else [None, None]
-    grads = _from_swiglu_back(of_gate_up, grad_h, kept.gate, kept.up)
-    del grad_h
+    h = of_down.input_gradient(grads)  # its gradient, until it is made again
+    of_down_grads, grads = grads, _from_swiglu_back(of_gate_up, h, kept.gate, kept.up)
+    down = adapters(3, h, of_down_grads)
+    del h, of_down_grads
     grad_m = of_gate_up.input_gradient(grads)
     m_RH, rstd = normalise(kept.y_RH, weights.post_norm, weights.eps)
     gate_up = adapters(2, m_RH, grads)

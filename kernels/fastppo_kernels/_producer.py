@@ -48,11 +48,13 @@ def check_columns(
     check_device("column_group", column_group_R, "the input", like)
 
 
-def check_out(out: Tensor, rows: int, columns: int, like: Tensor) -> None:
-    check_shape("out", out, (rows, columns), "[rows, S and X columns]")
+def check_out(
+    out: Tensor, rows: int, columns: int, like: Tensor, name: str = "out", why: str = "[rows, S and X columns]"
+) -> None:
+    check_shape(name, out, (rows, columns), why)
     if out.dtype != like.dtype or (out.shape[0] > 1 and out.shape[1] > 1 and out.stride(1) != 1):
-        raise ValueError(f"out must have dtype {like.dtype} and stride 1 in its rows, got {out.dtype}, {list(out.stride())}")
-    check_device("out", out, "the input", like)
+        raise ValueError(f"{name} must have dtype {like.dtype} and stride 1 in its rows, got {out.dtype}, {list(out.stride())}")
+    check_device(name, out, "the input", like)
 
 
 def rows_of(tensor: Tensor, width: int) -> Tensor:

@@ -82,10 +82,13 @@ def signature_of(kernel: Any, constants: dict[str, Any], types: dict[str, str]) 
     return {name: known.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
 
 
-def producer_configurations(kernel: Any, whole: tuple[str, ...], tiles: Tiles) -> Iterator[Configuration]:
+def producer_configurations(
+    kernel: Any, whole: tuple[str, ...], tiles: Tiles, features: dict[str, bool] | None = None
+) -> Iterator[Configuration]:
     """Every tile of a kernel that makes S; `whole`: its arguments of the activations' dtype, that begin at 16 bytes."""
+    said = "".join(f" {name}" for name, on in (features or {}).items() if on)
     for dtype, ((block_m, block_r), (block_k, warps, stages)) in product(HALF, tiles.items()):
-        constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "STAGES": stages}
+        constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "STAGES": stages} | (features or {})
         signature = signature_of(kernel, constants, {name: "*" + NAMES[dtype] for name in whole})
-        name = f"{kernel.__name__} {NAMES[dtype]} {block_m}x{block_k} R{block_r}"
+        name = f"{kernel.__name__} {NAMES[dtype]} {block_m}x{block_k} R{block_r}{said}"
         yield Configuration(name, kernel, signature, constants, warps, stages, whole)

@@ -61,8 +61,8 @@ def swiglu_kernel(gate, gate_stride, up, up_stride, h, h_stride, columns, BLOCK:
 
 @triton.jit
 def swiglu_backward_kernel(
-    grad_h, grad_h_stride, gate, gate_stride, up, up_stride, grad_gate, grad_gate_stride, grad_up, grad_up_stride, columns,
-    BLOCK: tl.constexpr,
+    grad_h, grad_h_stride, gate, gate_stride, up, up_stride, grad_gate, grad_gate_stride, grad_up, grad_up_stride, h, h_stride,
+    columns, MAKES_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -73,6 +73,8 @@ def swiglu_backward_kernel(
     dg, du = _gradients(d, g, u)
     tl.store(grad_gate + row * grad_gate_stride + column, dg.to(grad_gate.dtype.element_ty), mask=inside)
     tl.store(grad_up + row * grad_up_stride + column, du.to(grad_up.dtype.element_ty), mask=inside)
+    if MAKES_H:
+        tl.store(h + row * h_stride + column, _product(g, u, gate.dtype.element_ty).to(h.dtype.element_ty), mask=inside)
 
 
 # Sizes in units of 8 entries: see `rms_norm_lora_kernel`.
@@ -113,14 +115,14 @@ def swiglu_lora_kernel(
 @triton.jit(
     do_not_specialize=[
         "grad_h_stride", "gate_stride", "up_stride", "lora_gate_stride", "lora_up_stride", "mask_stride", "has_mask",
-        "out_stride", "rows", "columns", "rank_gate", "rank_up",
+        "out_stride", "h_stride", "rows", "columns", "rank_gate", "rank_up",
     ],
     do_not_specialize_on_alignment=["scale", "mask", "group"],
 )  # fmt: skip
 def swiglu_backward_lora_kernel(
     grad_h, grad_h_stride, gate, gate_stride, up, up_stride, lora_gate, lora_gate_stride, lora_up, lora_up_stride,
-    scale, mask, mask_stride, group, has_mask, out, out_stride, rows, columns, rank_gate, rank_up,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    scale, mask, mask_stride, group, has_mask, out, out_stride, h, h_stride, rows, columns, rank_gate, rank_up,
+    MAKES_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     width = columns * UNIT
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,6 +142,9 @@ def swiglu_backward_lora_kernel(
         d = tl.load(grad_h_rows + here[None, :], mask=inside, other=0.0).to(tl.float32)
         g = tl.load(gate_rows + here[None, :], mask=inside, other=0.0).to(tl.float32)
         u = tl.load(up_rows + here[None, :], mask=inside, other=0.0).to(tl.float32)
+        if MAKES_H:
+            made = _product(g, u, gate.dtype.element_ty).to(h.dtype.element_ty)
+            tl.store(h + (row * h_stride)[:, None] * UNIT + here[None, :], made, mask=inside)
         dg, du = _gradients(d, g, u)
         dg = dg.to(out.dtype.element_ty)
         du = du.to(out.dtype.element_ty)
@@ -172,14 +177,17 @@ def forward(gate_MN: Tensor, up_MN: Tensor, h_MN: Tensor) -> None:
         )  # fmt: skip
 
 
-def backward(grad_h_MN: Tensor, gate_MN: Tensor, up_MN: Tensor, grad_gate_MN: Tensor, grad_up_MN: Tensor) -> None:
-    """Fill the gradients of gate and up; rows of any stride."""
+def backward(
+    grad_h_MN: Tensor, gate_MN: Tensor, up_MN: Tensor, grad_gate_MN: Tensor, grad_up_MN: Tensor, h_MN: Tensor | None = None
+) -> None:
+    """Fill the gradients of gate and up, and h where it is given; rows of any stride."""
+    h = gate_MN if h_MN is None else h_MN
     rows, columns = gate_MN.shape
     with torch.cuda.device_of(gate_MN):
         swiglu_backward_kernel[(rows, triton.cdiv(columns, _BLOCK))](
             grad_h_MN, grad_h_MN.stride(0), gate_MN, gate_MN.stride(0), up_MN, up_MN.stride(0),
-            grad_gate_MN, grad_gate_MN.stride(0), grad_up_MN, grad_up_MN.stride(0), columns,
-            BLOCK=_BLOCK, num_warps=_WARPS, num_stages=1,
+            grad_gate_MN, grad_gate_MN.stride(0), grad_up_MN, grad_up_MN.stride(0), h, h.stride(0), columns,
+            MAKES_H=h_MN is not None, BLOCK=_BLOCK, num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
 
 
@@ -218,9 +226,11 @@ def backward_lora(
     mask_MG: Tensor | None,
     group_R: Tensor | None,
     out: Tensor,
+    h_MN: Tensor | None,
     tile: tuple[int, int],
 ) -> None:
-    """Fill a gradient buffer."""
+    """Fill a gradient buffer, and h where it is given."""
+    h = gate_MN if h_MN is None else h_MN
     rows, columns = gate_MN.shape
     block_m, block_r = tile
     block_k, warps, stages = GRADIENT_TILES[tile]
@@ -229,20 +239,25 @@ def backward_lora(
             grad_h_MN, grad_h_MN.stride(0) // 8, gate_MN, gate_MN.stride(0) // 8, up_MN, up_MN.stride(0) // 8,
             lora_gate_NR, lora_gate_NR.stride(0) // 8, lora_up_NR, lora_up_NR.stride(0) // 8, scale_R,
             scale_R if mask_MG is None else mask_MG, 0 if mask_MG is None else mask_MG.stride(0),
-            scale_R if group_R is None else group_R, int(mask_MG is not None), out, out.stride(0) // 8,
+            scale_R if group_R is None else group_R, int(mask_MG is not None), out, out.stride(0) // 8, h, h.stride(0) // 8,
             rows, columns // 8, lora_gate_NR.shape[1] // 8, lora_up_NR.shape[1] // 8,
-            BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, STAGES=stages, num_warps=warps, num_stages=stages,
+            MAKES_H=h_MN is not None, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, STAGES=stages,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
 def configurations() -> Iterator[Configuration]:
     """What the launchers above can choose, for rows that begin at multiples of 16 bytes and ones that do not."""
-    for kernel, dtype, aligned in product((swiglu_kernel, swiglu_backward_kernel), NAMES, (True, False)):
+    backward_kernels = [(swiglu_backward_kernel, {"MAKES_H": makes_h}) for makes_h in (False, True)]
+    for (kernel, more), dtype, aligned in product([(swiglu_kernel, {}), *backward_kernels], NAMES, (True, False)):
         types = {name: "*" + NAMES[dtype] for name in ("gate", "up", "h", "grad_h", "grad_gate", "grad_up")}
-        signature = signature_of(kernel, {"BLOCK": _BLOCK}, types)
-        name = f"{kernel.__name__} {NAMES[dtype]} {_BLOCK}" + ("" if aligned else " unaligned")
+        constants = {"BLOCK": _BLOCK} | more
+        signature = signature_of(kernel, constants, types)
+        made = " with h" if more.get("MAKES_H") else ""
+        name = f"{kernel.__name__} {NAMES[dtype]} {_BLOCK}{made}" + ("" if aligned else " unaligned")
         divisible = tuple(signature) if aligned else ()
-        yield Configuration(name, kernel, signature, {"BLOCK": _BLOCK}, _WARPS, 1, divisible)
+        yield Configuration(name, kernel, signature, constants, _WARPS, 1, divisible)
     yield from producer_configurations(swiglu_lora_kernel, ("gate", "up", "stacked", "out"), PRODUCER_TILES)
-    whole = ("grad_h", "gate", "up", "lora_gate", "lora_up", "out")
-    yield from producer_configurations(swiglu_backward_lora_kernel, whole, GRADIENT_TILES)
+    whole = ("grad_h", "gate", "up", "lora_gate", "lora_up", "out", "h")
+    for makes_h in (False, True):
+        yield from producer_configurations(swiglu_backward_lora_kernel, whole, GRADIENT_TILES, {"MAKES_H": makes_h})

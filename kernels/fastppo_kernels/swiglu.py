@@ -214,7 +214,7 @@ def _store_gradient_columns(
     out[:, 2 * columns :] = lora_columns(torch.cat(products, 1), scale_R, mask_MG, group_R, out.dtype)
 
 
-@torch.library.custom_op("fastppo_kernels::swiglu_backward_lora", mutates_args=("out",))
+@torch.library.custom_op("fastppo_kernels::swiglu_backward_lora", mutates_args=("out", "h_MN"))
 def _swiglu_backward_lora(
     grad_h_MN: Tensor,
     gate_MN: Tensor,
@@ -225,18 +225,19 @@ def _swiglu_backward_lora(
     mask_MG: Tensor | None,
     group_R: Tensor | None,
     out: Tensor,
+    h_MN: Tensor | None,
 ) -> None:
     from . import _triton_producer
     from . import _triton_swiglu as kernels
 
     columns = gate_MN.shape[1]
     rank = max(lora_gate_NR.shape[1], lora_up_NR.shape[1])
-    matrices = gate_MN, up_MN, grad_h_MN, lora_gate_NR, lora_up_NR, out
+    matrices = gate_MN, up_MN, grad_h_MN, lora_gate_NR, lora_up_NR, out, *([] if h_MN is None else [h_MN])
     tile = _triton_producer.producer_tile(kernels.GRADIENT_TILES, rank, *matrices)
     if tile is not None:
-        kernels.backward_lora(grad_h_MN, gate_MN, up_MN, lora_gate_NR, lora_up_NR, scale_R, mask_MG, group_R, out, tile)
+        kernels.backward_lora(grad_h_MN, gate_MN, up_MN, lora_gate_NR, lora_up_NR, scale_R, mask_MG, group_R, out, h_MN, tile)
     else:
-        kernels.backward(grad_h_MN, gate_MN, up_MN, out[:, :columns], out[:, columns : 2 * columns])
+        kernels.backward(grad_h_MN, gate_MN, up_MN, out[:, :columns], out[:, columns : 2 * columns], h_MN)
         _store_gradient_columns(out, lora_gate_NR, lora_up_NR, scale_R, mask_MG, group_R)
 
 
@@ -256,6 +257,7 @@ def swiglu_backward_lora(
     mask: Tensor | None = None,
     column_group: Tensor | None = None,
     out: Tensor | None = None,
+    h: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """The gradients of gate and up, and with them dS of the gate and up projections, in one launch.
@@ -272,6 +274,8 @@ def swiglu_backward_lora(
             adapter.
         column_scale: [R_gate + R_up], mask: [M, G], column_group: [R_gate + R_up]: as in `rms_norm_lora`.
         out: [M, 2 N + R_gate + R_up] to write to, rows of stride 1; None: a new one.
+        h: [M, N], rows of stride 1, where swiglu(gate, up) is to be written, too, in the same launch; may be grad_h itself,
+            which is then overwritten. None: not.
 
     Returns:
         [M, 2 N + R_gate + R_up].
@@ -295,13 +299,17 @@ def swiglu_backward_lora(
     if out is None:
         out = gate.new_empty((rows, 2 * columns + rank))
     check_out(out, rows, 2 * columns + rank, gate)
+    if h is not None:
+        check_out(h, rows, columns, gate, "h", "that of gate")
     lora_gate_NR, lora_up_NR = (b.to(gate.dtype) for b in (lora_B_gate, lora_B_up))
     lora_gate_NR, lora_up_NR = (b if b.stride(1) == 1 else b.contiguous() for b in (lora_gate_NR, lora_up_NR))
     if use_triton(gate, backend) and gate.dtype != torch.float64:
         if rows and columns:
             arguments = column_arguments(column_scale, mask, column_group)
-            _swiglu_backward_lora(grad_h_MN, gate_MN, up_MN, lora_gate_NR, lora_up_NR, *arguments, out)
+            _swiglu_backward_lora(grad_h_MN, gate_MN, up_MN, lora_gate_NR, lora_up_NR, *arguments, out, h)
         return out
     out[:, :columns], out[:, columns : 2 * columns] = _gradients(grad_h_MN, gate_MN, up_MN)
     _store_gradient_columns(out, lora_gate_NR, lora_up_NR, column_scale, mask, column_group)
+    if h is not None:
+        h.copy_(F.silu(gate_MN) * up_MN)
     return out

@@ -89,7 +89,7 @@ def test_operators_keep_torchs_rules():
     scale, out, matrix = torch.rand(8, device=DEVICE), torch.zeros(5, 24, device=DEVICE), torch.randn(8, 16, device=DEVICE)
     torch.library.opcheck(torch.ops.fastppo_kernels.swiglu_lora, (gate, up, matrix, 0, scale, None, None, out))
     out = torch.zeros(5, 48, device=DEVICE)
-    arguments = (slope, gate, up, matrix.t(), matrix.t(), torch.rand(16, device=DEVICE), None, None, out)
+    arguments = (slope, gate, up, matrix.t(), matrix.t(), torch.rand(16, device=DEVICE), None, None, out, torch.zeros_like(up))
     torch.library.opcheck(torch.ops.fastppo_kernels.swiglu_backward_lora, arguments)
 
 
@@ -173,6 +173,13 @@ def test_the_gradient_buffer_in_every_tile(tile, dtype, monkeypatch):
     slope, gate, up = inputs(70, 136, dtype)
     how = lora_arguments(70, 136, sum(ranks), 2)
     matrices = how.pop("lora_A_stacked").t().contiguous().split(ranks, 1)
+    expected = swiglu(gate, up, backend="triton")
+    for backend in ("triton", "torch"):  # which may be written where its gradient was read
+        beside, over = torch.empty_like(gate), slope.clone()
+        whole = swiglu_backward_lora(slope, gate, up, *matrices, backend=backend, **how)
+        for h, source in ((beside, slope), (over, over)):
+            assert torch.equal(swiglu_backward_lora(source, gate, up, *matrices, backend=backend, h=h, **how), whole)
+            assert torch.equal(h, expected) if backend == "triton" else torch.equal(h, F.silu(gate) * up)
     buffers = [swiglu_backward_lora(slope, gate, up, *matrices, backend=b, **how) for b in ("triton", "triton", "torch")]
     assert torch.equal(buffers[0], buffers[1])
     check_gradients((buffers[0], buffers[2]), [slope, gate, up], matrices, how)
@@ -204,6 +211,8 @@ def test_rows_without_an_adapter_are_zero_even_if_it_is_broken(backend, tile, mo
         ({"lora_B_up": torch.zeros(8, 8)}, r"lora_B_up must have shape \[16, R\]"),
         ({"column_scale": torch.zeros(8)}, r"column_scale must have shape \[16\]"),
         ({"out": torch.zeros(2, 40)}, r"out must have shape \[2, 48\]"),
+        ({"h": torch.zeros(2, 15)}, r"h must have shape \[2, 16\] \(that of gate\), got \[2, 15\]"),
+        ({"h": torch.zeros(2, 16).double()}, "h must have dtype torch.float32 and stride 1 in its rows, got torch.float64"),
         ({"lora_B_up": torch.zeros(16, 8, requires_grad=True)}, "has no gradient of its own"),
     ],
 )
