@@ -48,7 +48,7 @@ _OURS = torch.ops.fastppo_kernels
 # Places of the adapters' matrices that a kernel multiplies what it writes with.
 _PRODUCERS = {_OURS.rms_norm_lora: (4,), _OURS.swiglu_lora: (2,), _OURS.swiglu_backward_lora: (3, 4)}
 _UNREAD = {aten.copy_, aten.fill_, aten.zero_, _OURS.rms_norm_lora, _OURS.swiglu_lora, _OURS.swiglu_backward_lora,
-           _OURS.rope_into}  # overwrite what they are given  # fmt: skip
+           _OURS.rms_norm_residual_backward, _OURS.rope_into}  # overwrite what they are given  # fmt: skip
 _LIKE = {aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like, aten.full_like}  # look at shapes alone
 _COPIES = {aten._to_copy, aten.clone, aten.copy_, aten.cat, aten.stack, aten.constant_pad_nd, aten.roll} | _GATHERS
 

@@ -377,12 +377,10 @@ class _Bordered(_Trunk):
         of_gate_up = 2 * inner + self.s(2)
         walk.take(of_gate_up, self.gradients(3))
         walk.drop(of_down, inner)
-        walk.take(hidden, self.gradients(2))  # of m
-        walk.use(hidden)  # m again
-        walk.drop(of_gate_up)
-        walk.take(hidden + self.s(1))  # dy and its dS
-        walk.use(hidden)
-        walk.drop(hidden)
+        walk.take(hidden)  # of m
+        walk.take(hidden + self.s(1), hidden)  # dy with its dS, and m again
+        walk.take(self.gradients(2))
+        walk.drop(of_gate_up, hidden, hidden)
         walk.take(self.gradients(1))
         seen = size(rows, layer.queries)
         walk.use(seen if self.rows_asked or padded != tokens else 0)
@@ -395,11 +393,9 @@ class _Bordered(_Trunk):
         if layer.qk_norm:
             walk.use(size(tokens, 3 * (layer.queries + layer.keys)))
         walk.drop(of_qkv, seen, size(tokens, layer.queries) if self.rows_asked else 0)
-        walk.take(self.gradients(0))
-        walk.use(size(padded, layer.hidden))  # n again
-        if need_x:
-            walk.take(size(padded, layer.hidden))
-            walk.use(size(padded, layer.hidden))
+        n = size(padded, layer.hidden)
+        walk.take(*[n, n, n] if need_x else [n])  # n again, dn and dx
+        walk.use(self.gradients(0))
         grad_x = size(padded, layer.hidden) if need_x else 0
         walk.drop(walk.now - before - grad_x)
         return grad_x

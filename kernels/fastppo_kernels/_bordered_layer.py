@@ -17,7 +17,7 @@ from ._dispatch import use_triton
 from ._gather import add_rows_
 from ._lora_ops import Needs
 from .lora_buffer import LoRAWeightBuffer
-from .rms_norm import normalise, normalise_backward, rms_norm_lora
+from .rms_norm import normalise, normalise_backward, residual_backward, rms_norm_lora
 from .swiglu import swiglu_backward_lora, swiglu_lora
 
 
@@ -138,13 +138,12 @@ def backward(
     down = adapters(3, h, of_down_grads)
     del h, of_down_grads
     grad_m = of_gate_up.input_gradient(grads)
-    m_RH, rstd = normalise(kept.y_RH, weights.post_norm, weights.eps)
+    grads_o = of_o.new_grad(rows)
+    place = of_o.grads_of(grads_o)[0]
+    grad_y_RH, m_RH = residual_backward(grad_m, kept.y_RH, weights.post_norm, weights.eps, grad_z_RH, place)
     gate_up = adapters(2, m_RH, grads)
-    del m_RH, grads
-    grads = of_o.new_grad(rows)
-    grad_y_RH = of_o.grads_of(grads)[0]
-    torch.add(normalise_backward(grad_m, kept.y_RH, weights.post_norm, rstd), grad_z_RH, out=grad_y_RH)
-    del grad_m
+    del m_RH, grad_m
+    grads = grads_o
     of_o.fill_ds(grads)
     o = adapters(1, seen_rows(kept.attended.out.detach(), rows_R, len(x_TH)), grads)
     if not through:
@@ -154,15 +153,17 @@ def backward(
     attention_backward(grad_seen, cos, sin, rows_R, call, kept.attended, of_qkv.grads_of(grads_qkv))
     del grad_seen
     of_qkv.fill_ds(grads_qkv)
+    others = o + gate_up + down
+    if need_x and rows_R is None:
+        grad_n = of_qkv.input_gradient(grads_qkv)
+        grad_x_TH, n_TH = residual_backward(grad_n, x_TH, weights.input_norm, weights.eps, grad_y_RH)
+        del grad_n
+        return grad_x_TH, adapters(0, n_TH, grads_qkv) + others
     n_TH, rstd = normalise(x_TH, weights.input_norm, weights.eps)
-    found = adapters(0, n_TH, grads_qkv) + o + gate_up + down
+    found = adapters(0, n_TH, grads_qkv) + others
     del n_TH
     if not need_x:
         return None, found
-    grad_n = of_qkv.input_gradient(grads_qkv)
-    del grads_qkv
-    grad_x_TH = normalise_backward(grad_n, x_TH, weights.input_norm, rstd)
-    if rows_R is None:
-        return grad_x_TH.add_(grad_y_RH), found
+    grad_x_TH = normalise_backward(of_qkv.input_gradient(grads_qkv), x_TH, weights.input_norm, rstd)
     add_rows_(grad_x_TH, rows_R, grad_y_RH)
     return grad_x_TH, found

@@ -125,6 +125,58 @@ def rms_norm_backward_kernel(
         tl.store(partial_row + column, tl.sum(grad_weight, 0)[None, :], mask=column < columns)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_residual_backward_kernel(
+    grad_y, grad_y_stride, x, x_stride, weight, residual, residual_stride, grad_x, grad_x_stride, y, y_stride,
+    rows, columns, eps, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dx of the norm plus residual, rounded once, and y again; rstd comes out of the same sweep as the sum for dx."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_K)[None, :]
+    inside_row = (row < rows)[:, None]
+    x_rows = x + row[:, None] * x_stride
+    y_rows = y + row[:, None] * y_stride
+    grad_y_rows = grad_y + row[:, None] * grad_y_stride
+    grad_x_rows = grad_x + row[:, None] * grad_x_stride
+    residual_rows = residual + row[:, None] * residual_stride
+    if WIDE:
+        squares = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        products = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        for start in range(0, columns, BLOCK_K):
+            here = start + column
+            inside = inside_row & (here < columns)
+            value = tl.load(x_rows + here, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(weight + here, mask=here < columns, other=0.0).to(tl.float32)
+            slope = tl.load(grad_y_rows + here, mask=inside, other=0.0).to(tl.float32)
+            squares += value * value
+            products += slope * scale * value
+        rstd = tl.rsqrt(tl.sum(squares, 1) / columns + eps)[:, None]
+        mean = tl.sum(products, 1)[:, None] / columns * rstd
+        for start in range(0, columns, BLOCK_K):
+            here = start + column
+            inside = inside_row & (here < columns)
+            value = tl.load(x_rows + here, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(weight + here, mask=here < columns, other=0.0).to(tl.float32)
+            slope = tl.load(grad_y_rows + here, mask=inside, other=0.0).to(tl.float32)
+            beside = tl.load(residual_rows + here, mask=inside, other=0.0).to(tl.float32)
+            again = _apply(value, rstd, scale, 0.0, x.dtype.element_ty)
+            tl.store(y_rows + here, again.to(y.dtype.element_ty), mask=inside)
+            slope = rstd * (slope * scale - value * rstd * mean) + beside
+            tl.store(grad_x_rows + here, slope.to(grad_x.dtype.element_ty), mask=inside)
+    else:
+        inside = inside_row & (column < columns)
+        value = tl.load(x_rows + column, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+        slope = tl.load(grad_y_rows + column, mask=inside, other=0.0).to(tl.float32)
+        beside = tl.load(residual_rows + column, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(value * value, 1) / columns + eps)[:, None]
+        again = _apply(value, rstd, scale, 0.0, x.dtype.element_ty)
+        tl.store(y_rows + column, again.to(y.dtype.element_ty), mask=inside)
+        mean = (tl.sum(slope * scale * value, 1) / columns)[:, None] * rstd
+        slope = rstd * (slope * scale - value * rstd * mean) + beside
+        tl.store(grad_x_rows + column, slope.to(grad_x.dtype.element_ty), mask=inside)
+
+
 # Sizes are given in units of 8 entries, 16 bytes: with borders of 8 a stride is often no multiple of 16 entries, which is all
 # that triton looks for, and 16-byte accesses (and with them cp.async) would be lost.
 @triton.jit(
@@ -219,6 +271,20 @@ def backward(
     return partial_PK.sum(0)
 
 
+def residual_backward(
+    grad_y_MK: Tensor, x_MK: Tensor, weight_K: Tensor, eps: float, residual_MK: Tensor, grad_x_MK: Tensor, y_MK: Tensor
+) -> None:
+    """Fill grad_x and y; all in one dtype, rows of any stride."""
+    rows, columns = x_MK.shape
+    wide, block_k, block_m, warps = _tile(columns, grad_y_MK, x_MK, residual_MK, grad_x_MK, y_MK)
+    with torch.cuda.device_of(x_MK):
+        rms_norm_residual_backward_kernel[(triton.cdiv(rows, block_m),)](
+            grad_y_MK, grad_y_MK.stride(0), x_MK, x_MK.stride(0), weight_K, residual_MK, residual_MK.stride(0),
+            grad_x_MK, grad_x_MK.stride(0), y_MK, y_MK.stride(0), rows, columns, eps,
+            WIDE=wide, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=1,
+        )  # fmt: skip
+
+
 def forward_lora(
     x_MK: Tensor,
     weight_K: Tensor,
@@ -267,4 +333,12 @@ def configurations() -> Iterator[Configuration]:
             name = f"{kernel.__name__} {NAMES[dtype]} weight {NAMES[weight]}{features} {block_m}x{block_k}{'+' if wide else ''}"
             divisible = tuple(name for name in whole if aligned and name in signature)
             yield Configuration(name + ("" if aligned else " unaligned"), kernel, signature, constants, warps, 1, divisible)
+    kernel = rms_norm_residual_backward_kernel
+    for dtype, ((wide, block_k, block_m, warps), aligned) in product(NAMES, tiles):
+        types = {name: "*" + NAMES[dtype] for name in ("grad_y", "x", "weight", "residual", "grad_x", "y")}
+        constants = {"WIDE": wide, "BLOCK_M": block_m, "BLOCK_K": block_k}
+        signature = signature_of(kernel, constants, types)
+        name = f"{kernel.__name__} {NAMES[dtype]} {block_m}x{block_k}{'+' if wide else ''}" + ("" if aligned else " unaligned")
+        divisible = tuple(name for name in signature if name not in ("rows", "eps")) if aligned else ()
+        yield Configuration(name, kernel, signature, constants, warps, 1, divisible)
     yield from producer_configurations(rms_norm_lora_kernel, ("x", "weight", "stacked", "out"), PRODUCER_TILES)

@@ -123,6 +123,42 @@ def normalise_backward(grad_y_MK: Tensor, x_MK: Tensor, weight_K: Tensor, rstd: 
     return _gradient(grad_y_MK, x_MK, weight_K, rstd)
 
 
+@torch.library.custom_op("fastppo_kernels::rms_norm_residual_backward", mutates_args=("grad_x_MK", "y_MK"))
+def _rms_norm_residual_backward(
+    grad_y_MK: Tensor, x_MK: Tensor, weight_K: Tensor, eps: float, residual_MK: Tensor, grad_x_MK: Tensor, y_MK: Tensor
+) -> None:
+    from . import _triton_norm
+
+    if x_MK.numel():
+        _triton_norm.residual_backward(grad_y_MK, x_MK, weight_K, eps, residual_MK, grad_x_MK, y_MK)
+
+
+@_rms_norm_residual_backward.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def residual_backward(
+    grad_y_MK: Tensor, x_MK: Tensor, weight_K: Tensor, eps: float, residual_MK: Tensor, place: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dx + residual, y), all that backward wants of z = x + f(rms_norm(x)): dy is the gradient of y, residual that of z.
+
+    Without autograd; of one dtype. place: [M, K] of row stride 1, where dx is written; None: a new one. In Triton one launch,
+    with the sum rounded once.
+    """
+    if place is None:
+        place = x_MK.new_empty(x_MK.shape)
+    columns = x_MK.shape[1]
+    if use_triton(x_MK, None) and x_MK.dtype != torch.float64:
+        y_MK = x_MK.new_empty(x_MK.shape)
+        grad_y_MK, x_MK, residual_MK = (rows_of(each, columns) for each in (grad_y_MK, x_MK, residual_MK))
+        _rms_norm_residual_backward(grad_y_MK, x_MK, weight_K.contiguous(), float(eps), residual_MK, place, y_MK)
+        return place, y_MK
+    y_MK, rstd_M1 = _normalised(x_MK, weight_K, eps, 0.0)
+    torch.add(_gradient(grad_y_MK, x_MK, weight_K, rstd_M1), residual_MK, out=place)
+    return place, y_MK
+
+
 def _check(x: Tensor, weight: Tensor, eps: float, offset: float) -> None:
     check_float("x", x)
     check_float("weight", weight)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastppo_kernels.rms_norm import rms_norm, rms_norm_lora
+from fastppo_kernels.rms_norm import residual_backward, rms_norm, rms_norm_lora
 
 pytestmark = TRITON_MARKS
 poisoned = helpers.poisoned
@@ -65,6 +65,36 @@ def test_rows_wider_than_a_tile_and_more_of_them_than_programs(rows, columns, pr
     compare(torch.randn(rows, columns, device=DEVICE).to(dtype), torch.randn(columns, device=DEVICE).to(dtype), 1e-5, 0.0)
 
 
+def residual_case(rows: int, columns: int, dtype: torch.dtype, stride: int, monkeypatch) -> None:
+    """dx + residual and y, in the memory that is given, between others' numbers; rounded once, for the sum is."""
+    x, slope, beside = (torch.randn(rows, stride, device=DEVICE).to(dtype)[:, :columns] for _ in range(3))
+    weight = torch.randn(columns, device=DEVICE).to(dtype)
+    exact = x.detach().double().requires_grad_()
+    y = plain(exact, weight.double(), 1e-5)
+    truth = torch.autograd.grad(y, exact, slope.double())[0] + beside.double()
+    found = {}
+    for backend in ("triton", "torch"):
+        monkeypatch.setenv("FASTPPO_KERNELS", backend)
+        around = torch.full((rows, columns + 32), 7.0, device=DEVICE, dtype=dtype)
+        grad, again = residual_backward(slope, x, weight, 1e-5, beside, around[:, 16 : 16 + columns])
+        assert grad.data_ptr() == around[:, 16:].data_ptr() or not rows
+        assert (around[:, :16] == 7).all() and (around[:, 16 + columns :] == 7).all()
+        assert torch.equal(residual_backward(slope, x, weight, 1e-5, beside)[0], grad)
+        assert torch.equal(again, rms_norm(x, weight, 1e-5, backend=backend))
+        found[backend] = grad.clone()
+    assert_as_good(found["triton"], found["torch"], truth, unit=float(truth.abs().max()) if rows else 1.0)
+    assert_rounded_once(found["triton"], truth, slack=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [16, 40, 256, 1024, 1500, 4096, 5008, 9008])
+def test_the_gradient_of_a_residual_stream(columns, dtype, monkeypatch):
+    """Every tile; rows that begin at multiples of 16 and others."""
+    for rows in (0, 1, 5):
+        residual_case(rows, columns, dtype, columns, monkeypatch)
+    residual_case(3, columns, dtype, columns + 7, monkeypatch)
+
+
 def test_the_torch_form_is_hugging_faces_to_the_bit():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
@@ -116,6 +146,9 @@ def test_operators_keep_torchs_rules():
     stacked = torch.randn(8, 16, device=DEVICE)
     arguments = (x.detach(), weight.detach(), 1e-6, 0.0, stacked, 8, scale, None, None, out, rstd)
     torch.library.opcheck(torch.ops.fastppo_kernels.rms_norm_lora, arguments)
+    slope, beside, grad, again = (torch.randn(5, 16, device=DEVICE) for _ in range(4))
+    arguments = (slope, x.detach(), weight.detach(), 1e-6, beside, grad, again)
+    torch.library.opcheck(torch.ops.fastppo_kernels.rms_norm_residual_backward, arguments)
 
 
 @pytest.mark.parametrize(
