@@ -79,7 +79,7 @@ def _use(weights: DecoderWeights) -> tuple[LoRAWeightBuffer, ...]:
     """The buffers, holding the layer's adapters as they are now."""
     assert weights.buffers is not None
     for buffer, group in zip(weights.buffers, weights.groups, strict=True):
-        buffer.use(group)
+        buffer.take(group)  # `suits` has found that it holds them
     return weights.buffers
 
 

@@ -137,6 +137,7 @@ class LoRAWeightBuffer:
                 self.weight_view(i).copy_(projection.weight)
             self.column_scale = torch.zeros(self.left + self.right, dtype=accumulate_dtype(self.dtype), device=self.device)
             self._biases = self._joined_bias(projections[:1]), self._joined_bias(projections[1:])
+        self._addresses = [self.weight_view(i).data_ptr() for i in range(len(projections))]
         self._groups: dict[int, Tensor] = {}
         self._runs: list[_Run] = []
         self._scales: list[float | None] = [None] * len(projections)
@@ -180,7 +181,6 @@ class LoRAWeightBuffer:
             self._groups[groups] = group
         return self._groups[groups]
 
-    @torch.no_grad()
     def refresh(self, force: bool = False) -> bool:
         """Copy in the adapters that have changed since; whether any had.
 
@@ -194,38 +194,33 @@ class LoRAWeightBuffer:
         """
         _watch_optimizers()
         changed = False
-        for i, projection in enumerate(self.projections):
-            lora_A, lora_B, columns = projection.lora_A, projection.lora_B, self._columns[i]
+        for i, (_, lora_A, lora_B, scale, _) in enumerate(self.projections):
             if lora_A is None or lora_B is None:
                 continue
             addresses, versions = (lora_A.data_ptr(), lora_B.data_ptr()), (lora_A._version, lora_B._version)
             seen = (*addresses, *versions, _steps(lora_A), _steps(lora_B))
-            moved = projection.scale != self._scales[i]
-            if seen == self._seen[i] and not moved and not force:
-                continue
-            self._seen[i], self._kept[i], changed = seen, (lora_A.detach(), lora_B.detach()), True
-            low_A, low_B = self._places(i)
-            low_A.copy_(lora_A)
-            low_B.copy_(lora_B)
-            if moved or self.masked:
-                self._scales[i], self._runs = projection.scale, []
-                self.column_scale[columns] = projection.scale
-            if self.masked:
-                finite_R = low_A.isfinite().all(1) & low_B.isfinite().all(0)
-                low_A.nan_to_num_(0.0, 0.0, 0.0)
-                low_B.nan_to_num_(0.0, 0.0, 0.0)
-                self.column_scale[columns] = self.column_scale[columns].masked_fill(~finite_R, torch.nan)
+            if seen != self._seen[i] or scale != self._scales[i] or force:
+                self._seen[i], self._kept[i], changed = seen, (lora_A.detach(), lora_B.detach()), True
+                self._copy_in(i, lora_A, lora_B, scale)
         if not self._runs and not self.masked:
             self._runs = self._find_runs()
         return changed
 
-    def _places(self, i: int) -> tuple[Tensor, Tensor]:
-        """Of A and B of a projection."""
-        first, rows, across = self._rows[0].stop, self._rows[i], self._columns[i]
-        if i > 0:
-            rows = slice(rows.start - first, rows.stop - first)
-            across = slice(across.start - self.left, across.stop - self.left)
-        return self.lora_A_stacked[self._columns[i]], self.border(min(i, 1))[rows, across]
+    @torch.no_grad()
+    def _copy_in(self, i: int, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:
+        columns, rows = self._columns[i], self._rows[i]
+        shift = min(i, 1) * self.inputs
+        low_A, low_B = self.lora_A_stacked[columns], self.weight[rows, columns.start + shift : columns.stop + shift]
+        low_A.copy_(lora_A)
+        low_B.copy_(lora_B)
+        if scale != self._scales[i] or self.masked:
+            self._scales[i], self._runs = scale, []
+            self.column_scale[columns] = scale
+        if self.masked:
+            finite_R = low_A.isfinite().all(1) & low_B.isfinite().all(0)
+            low_A.nan_to_num_(0.0, 0.0, 0.0)
+            low_B.nan_to_num_(0.0, 0.0, 0.0)
+            self.column_scale[columns] = self.column_scale[columns].masked_fill(~finite_R, torch.nan)
 
     def _find_runs(self) -> list[_Run]:
         runs: list[_Run] = []
@@ -246,12 +241,12 @@ class LoRAWeightBuffer:
 
     def holds(self, projections: Sequence[LoRAProjection]) -> bool:
         """Whether these are the weights and biases of this buffer, with adapters of the ranks that it has room for."""
-        return _ranks_of(projections) == self._ranks and all(
-            projection.weight.data_ptr() == self.weight_view(i).data_ptr()
-            and projection.weight.stride() == (self.weight.stride(0), 1)
-            and projection.bias is own.bias
-            for i, (projection, own) in enumerate(zip(projections, self.projections, strict=True))
-        )
+        if _ranks_of(projections) != self._ranks:
+            return False
+        for projection, own, address in zip(projections, self.projections, self._addresses, strict=True):
+            if projection.weight.data_ptr() != address or projection.bias is not own.bias:
+                return False
+        return True
 
     def use(self, projections: Sequence[LoRAProjection]) -> bool:
         """Hold these adapters from now on, copied in where they are others or have changed (`refresh`); whether any was.
@@ -261,6 +256,10 @@ class LoRAWeightBuffer:
         """
         if not self.holds(projections):
             raise ValueError(f"projections must have this buffer's weights and biases, and ranks {self._ranks}")
+        return self.take(projections)
+
+    def take(self, projections: Sequence[LoRAProjection]) -> bool:
+        """`use` of what it is known to hold."""
         self.projections = tuple(projections)
         return self.refresh()
 
