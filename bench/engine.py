@@ -303,8 +303,8 @@ def sampler_steps(model: ActorCritic, prompts: list[list[int]], steps: int) -> l
 @torch.no_grad()
 def decoder_steps(model: ActorCritic, prompts: list[list[int]], steps: int) -> list[float]:
     """Seconds of each step of the decoder alone: embedding, layers, last norm."""
-    decoder = make_decoder(model.backbone, prompts, len(prompts), steps + 1, model.micro_batch_tokens)
-    decoder.admit(prompts, [1] * len(prompts))
+    decoder = make_decoder(model.backbone, prompts, 1, len(prompts), steps + 1, model.micro_batch_tokens)
+    decoder.admit(prompts)
     tokens = torch.full((len(prompts),), 5, device=model.device)
     return [_seconds(model.device, lambda: decoder.step(tokens)) for _ in range(steps + 1)][1:]
 

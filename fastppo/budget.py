@@ -26,6 +26,7 @@ from fastppo.machine import memory_of_host
 from fastppo.memory import DTYPES, GROUPS, Batch, Head, Layer, Machine
 from fastppo.model.adapters import POLICY, adapter_tensors
 from fastppo.model.llama_trunk import window_of
+from fastppo.rollout.cache import PAGE, pages_of
 from fastppo.rollout.decoder import FOLD_FROM
 from fastppo_kernels import AttentionMemory, TreeLayout, attention_memory, row_multiple
 
@@ -280,8 +281,12 @@ class Budget:
         sizes, config, (longest, shared, _) = self.sizes, self.config, self.prompts
         slots, own = max(config.sample.slots, config.ppo.samples), longest - shared
         capacity = own + config.sample.max_new_tokens
-        cache = (slots * capacity + shared) * sizes.cache * sizes.itemsize
-        yield Part("KV cache", "sampling", cache, f"{slots:,} slots of {capacity:,} tokens, and {shared:,} for all of them")
+        places, words = slots * capacity, f"{slots:,} slots of {capacity:,} tokens"
+        if self.device.cuda:  # a prompt's samples share its pages
+            pages = pages_of(slots, config.ppo.samples, own, config.sample.max_new_tokens)
+            places, words = pages * PAGE, f"{pages:,} pages of {PAGE} tokens for {slots:,} slots"
+        cache = (places + shared) * sizes.cache * sizes.itemsize
+        yield Part("KV cache", "sampling", cache, f"{words}, and {shared:,} for all of them")
         at_once = max(own, min(tokens, slots // config.ppo.samples * own))
         prefill = at_once * sizes.cache * sizes.itemsize
         if sizes.layer is not None:

@@ -19,17 +19,17 @@ from fastppo.model.actor_critic import CRITIC, POLICY, REFERENCE
 from fastppo.model.adapters import add_policy
 from fastppo.model.llama_trunk import LlamaTrunk
 from fastppo.model.load import pick_dtype
-from fastppo.rollout.decoder import PackedDecoder
+from fastppo.rollout import decoder
 
 CPU = Device("cpu", 16 * GIB, "the CPU")
 
 
-def parts_of(config: Config) -> dict[str, int]:
+def parts_of(config: Config, device: Device = CPU) -> dict[str, int]:
     """By name, of the configuration alone."""
     model, _ = plan.shapes(config, pick_dtype(config.dtype, torch.device("cpu")))
     llama = LlamaTrunk.suits(model.base_model)
     sizes = budget.sizes_of(add_policy(model, config), llama=llama)
-    run = Budget(sizes, config, CPU, Prompts.longest_allowed(sizes, config))
+    run = Budget(sizes, config, device, Prompts.longest_allowed(sizes, config))
     return {part.name: part.bytes for part in (*run.fixed(), *run.update(256, "keep"), *run.sampling(64))}
 
 
@@ -65,25 +65,27 @@ def test_only_what_a_run_has_is_counted():
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
-def test_the_cache_is_that_of_the_longest_prompts(kind):
+def test_the_cache_is_that_of_the_longest_prompts(kind, monkeypatch):
     """Prompts of the most tokens with nothing in common."""
     model = make_model(kind, max_prompt_tokens=9, sample__max_new_tokens=5, sample__slots=6, ppo__samples=2)
     prompts = [[3 + i, *random_ids(random.Random(i), 8)] for i in range(3)]
-    decoder = PackedDecoder(model.backbone, prompts, 6, 5, 64)
-    with torch.no_grad():
-        decoder.admit(prompts, [2, 2, 2])
-    assert parts_of(model.config)["KV cache"] == bytes_of(tensor for layer in decoder.own for tensor in layer)
+    for device in (CPU, Device.named("24GiB")):
+        monkeypatch.setattr(decoder, "in_pages", lambda _, cuda=device.cuda: cuda)
+        made = decoder.PackedDecoder(model.backbone, prompts, 2, 6, 5, 64)
+        with torch.no_grad():
+            made.admit(prompts)
+        assert parts_of(model.config, device)["KV cache"] == bytes_of(tensor for layer in made.cache.own for tensor in layer)
 
 
 def test_weights_that_the_sampler_folds_are_counted():
     model = make_model("llama", sample__max_new_tokens=8)
     prompts = [[5, 6, 7], [8, 9, 10]]
-    decoder = PackedDecoder(model.backbone, prompts, 2, 8, 64)
+    made = decoder.PackedDecoder(model.backbone, prompts, 1, 2, 8, 64)
     with torch.no_grad():
-        decoder.admit(prompts, [1, 1])
-        decoder.step(torch.tensor([5, 6]))
-    assert decoder.folded
-    folded = bytes_of(each[0] for each in decoder.folded.values() if each is not None)
+        made.admit(prompts)
+        made.step(torch.tensor([5, 6]))
+    assert made.folded
+    folded = bytes_of(each[0] for each in made.folded.values() if each is not None)
     assert parts_of(model.config)["folded weights"] == folded
     assert "folded weights" not in parts_of(make_config("llama", sample__max_new_tokens=7))
 

@@ -54,10 +54,10 @@ def _steps(inputs: Inputs, backend: Any) -> Results:
 
     backbone = Backbone(copy.deepcopy(inputs["model"]))  # it changes the model's attention
     prompts = [[7, 8, 9, *range(20 * i + 10, 25 * i + 12)] for i in range(5)]
-    decoder = PackedDecoder(backbone, prompts, 6, GRAPHS_FROM, 10**6)
+    decoder = PackedDecoder(backbone, prompts, 1, 6, GRAPHS_FROM, 10**6)
     if backend == "torch":
         decoder.graphs = None
-    decoder.admit(prompts, [1] * 5)
+    decoder.admit(prompts)
     found, order = {}, list(range(5))
     for i, ids in enumerate(inputs["ids"]):
         found[f"step {i}"] = decoder.step(ids[torch.tensor(order, device=ids.device)]).clone()

@@ -76,6 +76,19 @@ def _cache(
     }
 
 
+def _pages(make: Any, size: int, device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
+    """The same in pages of so many places, in any order; the first of every four sequences' pages is one."""
+    inputs = make(device, dtype, seed)
+    batch, kv_heads, places, _ = inputs["k_own"].shape
+    width = places // size
+    pages = randint(device, seed, 2**30, batch * width).argsort().view(batch, width)
+    for name in ("k_own", "v_own"):
+        lines = inputs[name][:, :, : width * size].unflatten(2, (width, size)).transpose(1, 2)
+        inputs[name] = torch.empty_like(lines.flatten(0, 1)).index_copy_(0, pages.flatten(), lines.flatten(0, 1))
+    pages[:, 0] = pages[torch.arange(batch, device=device) // 4 * 4, 0]
+    return inputs | {"pages": pages.int(), "lengths": inputs["lengths"].clamp(max=width * size)}
+
+
 def _far_cache(device: torch.device, dtype: torch.dtype, seed: int, *, far: int) -> Inputs:
     """Sequences whose keys, and whose values, begin `far` entries from each other: the third where 32 bits would end."""
     inputs = _cache(device, dtype, seed, batch=3, root=0, places=300, heads=8, kv_heads=2, dim=64)
@@ -98,8 +111,11 @@ def _alone(inputs: Inputs, backend: Any) -> Results:
         return {"difference": torch.zeros_like(inputs["q"][some])}
     alone = []
     for i, filled in [*enumerate(inputs["lengths"].tolist())][some]:
-        own = {name: inputs[name][i : i + 1, :, :filled] for name in ("k_own", "v_own")}
-        own |= {name: inputs[name][i : i + 1] for name in ("q", "lengths")}
+        own = {name: inputs[name][i : i + 1] for name in ("q", "lengths")}
+        if "pages" in inputs:
+            own["pages"] = inputs["pages"][i : i + 1, : -(-filled // inputs["k_own"].shape[2])]
+        else:
+            own |= {name: inputs[name][i : i + 1, :, :filled] for name in ("k_own", "v_own")}
         alone.append(decode_attention(**inputs | own, backend=backend))
     return {"difference": decode_attention(**inputs, backend=backend)[some] - torch.cat(alone)}
 
@@ -126,6 +142,10 @@ def _decoding() -> list[Case]:
         case("256 x (80 + 128), window", cache, small_cache, window=5),
         case("9 x (3000 + 5000), window, softcap", long, small_long, window=4000, softcap=10.0),
         case("64 x 700, 20 heads a key", wide, small_wide),
+        case("256 x (80 + 128), pages", partial(_pages, cache, 8), partial(_pages, small_cache, 2)),
+        case("9 x (3000 + 5000), pages, window", partial(_pages, long, 16), partial(_pages, small_long, 8), window=4000),
+        replace(case("256 x (80 + 128), pages beside others", partial(_pages, cache, 8), partial(_pages, small_alone, 4)),
+                forward=_alone, checks=("error",)),
         replace(far, dtypes=_HALF, gibibytes=10),
         replace(case("256 x (80 + 128), beside others", cache, small_alone), forward=_alone, checks=("error",)),
     ]

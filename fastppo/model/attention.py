@@ -49,13 +49,15 @@ class TreeContext:
 
 
 class DecodeContext:
-    """One new token for each of the first ``n`` slots of a cache.
+    """One new token for each of ``n`` sequences with a cache.
 
     Args:
-        root: per layer (k, v) [C, Hkv, D], the prefix that all slots share.
-        own: per layer (k, v) [slots, Hkv, L, D], written here at each slot's place ``lengths - 1``.
-        lengths: [n] int64, own tokens of each slot, the new one included. longest: their maximum.
+        root: per layer (k, v) [C, Hkv, D], the prefix that all share.
+        own: per layer (k, v) [slots, Hkv, L, D], the first n slots of which are the sequences', or with ``pages``
+            [P, Hkv, S, D]; written here at each sequence's place ``lengths - 1``.
+        lengths: [n] int64, own tokens of each sequence, the new one included. longest: their maximum.
         folded: see ``AttentionContext``.
+        pages: [n, N] int32, the pages of each sequence, see ``decode_attention``.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class DecodeContext:
         lengths: Tensor,
         longest: int,
         folded: dict[Any, Any] | None = None,
+        pages: Tensor | None = None,
     ):
-        self.root, self.own, self.lengths, self.longest = root, own, lengths, longest
+        self.root, self.own, self.lengths, self.longest, self.pages = root, own, lengths, longest, pages
         self.rows: dict[int, Tensor] = {}  # by key heads: of the newest keys, the cache's first three dimensions as one
         self.calls = 0
         self.folded = folded
@@ -75,12 +78,20 @@ class DecodeContext:
         k_own, v_own = self.own[layer]
         n, heads = k.shape[:2]
         if heads not in self.rows:
-            first = torch.arange(n * heads, device=k.device).view(n, heads) * k_own.shape[2]
-            self.rows[heads] = (first + self.lengths[:, None] - 1).flatten()
+            self.rows[heads] = self._newest(n, heads, k_own.shape[2]).flatten()
         for cache, new in ((k_own, k), (v_own, v)):
             cache.view(-1, new.shape[2]).index_copy_(0, self.rows[heads], new.flatten(0, 1))
-        k_own, v_own = k_own[:n, :, : self.longest], v_own[:n, :, : self.longest]
-        return decode_attention(q, *self.root[layer], k_own, v_own, self.lengths, **options)
+        if self.pages is None:
+            k_own, v_own = k_own[:n, :, : self.longest], v_own[:n, :, : self.longest]
+        return decode_attention(q, *self.root[layer], k_own, v_own, self.lengths, pages=self.pages, **options)
+
+    def _newest(self, n: int, heads: int, places: int) -> Tensor:
+        """[n, heads]: where the newest keys lie. places: of a slot or page."""
+        last = self.lengths[:, None] - 1
+        if self.pages is None:
+            return torch.arange(n * heads, device=last.device).view(n, heads) * places + last
+        line = self.pages.gather(1, last // places).long() * heads + torch.arange(heads, device=last.device)
+        return line * places + last % places
 
 
 def _interface(

@@ -116,7 +116,9 @@ def _generate(
     check: Callable[[], None],
 ) -> None:
     head, tokenizer, eos = model.backbone.head, model.base.tokenizer, frozenset(model.base.eos_ids)
-    decoder = make_decoder(model.backbone, prompts, slots, sampling.max_new_tokens, model.micro_batch_tokens)
+    decoder = make_decoder(
+        model.backbone, prompts, samples, slots, sampling.max_new_tokens, model.micro_batch_tokens
+    )
     running: list[_Running] = []
     waiting = 0  # the first prompt not yet admitted
 
@@ -146,14 +148,13 @@ def _generate(
         if running:
             tokens, nodes = draw(head.logits(decoder.step(tokens)), ids, steps, nodes, running)
             steps = steps + 1
-        room = decoder.room()
-        if running and room < slots // 4:
-            room = 0  # a refill costs a prefill call: wait until it is worth one
-        admitted = min(room // samples, len(prompts) - waiting)
+        admitted = decoder.room(prompts[waiting : waiting + slots // samples])
+        if running and admitted < min(len(prompts) - waiting, slots // samples // 4):
+            admitted = 0  # a refill costs a prefill call: wait until it is worth one
         if admitted:
             chosen = range(waiting, waiting + admitted)
             new = [_Running(p * samples + k, p, [], []) for p in chosen for k in range(samples)]
-            ends = decoder.admit([prompts[p] for p in chosen], [samples] * admitted)
+            ends = decoder.admit([prompts[p] for p in chosen])
             new_ids = torch.arange(waiting * samples, (waiting + admitted) * samples, device=model.device) + first_id
             zeros = torch.zeros_like(new_ids)  # step 0, at node 0
             first, behind = draw(head.logits(ends).repeat_interleave(samples, 0), new_ids, zeros, zeros, new)

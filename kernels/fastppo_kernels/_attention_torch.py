@@ -352,6 +352,7 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     backend: Backend | None = None,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """One new token per sequence attends to a prefix that all sequences share and to its own cached tokens.
 
@@ -359,9 +360,11 @@ def decode_attention(
         q: [B, H, D], any float dtype, H and D at least 1; scores and sums are fp32 (fp64 for fp64), under autocast too.
         k_root, v_root: [C, Hkv, D] and [C, Hkv, Dv] in q's dtype, the shared prefix, H a multiple of Hkv; C may be 0.
         k_own, v_own: [B, Hkv, K, D] and [B, Hkv, K, Dv] in q's dtype, the cache, K at least 1; places from ``lengths`` on are
-            ignored.
+            ignored. With ``pages``: [P, Hkv, S, D] and [P, Hkv, S, Dv], pages of S places each, S a power of two.
         lengths: [B] int64 or int32, filled places of each sequence's own cache, the new token included: from 1 to K.
         scale, window, softcap: as in ``attention``.
+        pages: [B, N] int32 or int64, numbers from 0 to P - 1: place j of sequence b is place j % S of page
+            ``pages[b, j // S]``, and K is N S. Sequences may have pages in common. None: each has a line of the cache.
         backend: "auto", "triton" or "torch"; None: the environment's choice, see `_dispatch`. float64, heads whose sizes
             are no multiples of 8 up to 256, and inputs that want a gradient always take the torch form. The Triton form reads
             keys and values where they lie, but copies tensors first whose rows do not begin at multiples of 16 bytes; it
@@ -373,16 +376,18 @@ def decode_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit each other; on the CPU, where nothing is compiled, also
-            lengths that are not from 1 to K.
+            lengths that are not from 1 to K, and pages that there are not.
     """
-    _check_decode(q, k_root, v_root, k_own, v_own, lengths)
+    _check_decode(q, k_root, v_root, k_own, v_own, lengths, pages)
     check_options(scale, window, softcap)
     root, dtype, (batch, heads, dim), kv_heads = k_root.shape[0], q.dtype, q.shape, k_own.shape[1]
     work = accumulate_dtype(dtype)
     scale = dim**-0.5 if scale is None else scale
     if use_triton(q, backend) and _has_kernel(q, k_root, v_root, k_own, v_own):
         run = _decode_op if torch.compiler.is_compiling() else _decode
-        return run(q, k_root, v_root, k_own, v_own, lengths, scale, window, softcap)
+        return run(q, k_root, v_root, k_own, v_own, lengths, scale, window, softcap, pages)
+    if pages is not None:
+        k_own, v_own = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k_own, v_own))
     places = torch.arange(k_own.shape[2], device=q.device)
     hide_root = None
     if window is None:
@@ -422,10 +427,11 @@ def _decode(
     scale: float,
     window: int | None,
     softcap: float | None,
+    pages: Tensor | None,
 ) -> Tensor:
     from . import _triton_decode
 
-    return _triton_decode.decode(q, k_root, v_root, k_own, v_own, lengths, scale, window, softcap)
+    return _triton_decode.decode(q, k_root, v_root, k_own, v_own, lengths, scale, window, softcap, pages)
 
 
 # For torch.compile, as above.
@@ -437,7 +443,9 @@ def _(q: Tensor, k_root: Tensor, v_root: Tensor, *others: Tensor | float | None)
     return q.new_empty(q.shape[0], q.shape[1], v_root.shape[2])
 
 
-def _check_decode(q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_own: Tensor, lengths: Tensor) -> None:
+def _check_decode(
+    q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_own: Tensor, lengths: Tensor, pages: Tensor | None = None
+) -> None:
     """Called once a layer and token: what fits passes few lines."""
     check_float("q", q)
     dtype, device = q.dtype, q.device
@@ -455,10 +463,19 @@ def _check_decode(q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_ow
             f"{tuple(q.shape)}, {tuple(v_root.shape)} and {tuple(v_own.shape)}"
         )
     batch, heads, dim = q.shape
-    rows, (_, kv_heads, longest, v_dim) = v_root.shape[0], v_own.shape
+    rows, (lines, kv_heads, longest, v_dim) = v_root.shape[0], v_own.shape
+    if pages is None:
+        lines = batch
+    else:
+        check_index("pages", pages)
+        check_device("pages", pages, "q", q)
+        if pages.ndim != 2 or pages.shape[0] != batch or pages.shape[1] == 0:
+            raise ValueError(f"pages must be [{batch}, N], at least one for each row of q, got {list(pages.shape)}")
+        if longest & (longest - 1):
+            raise ValueError(f"a page must have a power of two of places, got v_own with {longest}")
     for name, x, shape, why in (
-        ("v_own", v_own, (batch, kv_heads, longest, v_dim), "[B, Hkv, K, Dv] with q's B"),
-        ("k_own", k_own, (batch, kv_heads, longest, dim), "[B, Hkv, K, D], of q and v_own"),
+        ("v_own", v_own, (lines, kv_heads, longest, v_dim), "[B, Hkv, K, Dv] with q's B"),
+        ("k_own", k_own, (lines, kv_heads, longest, dim), "[B, Hkv, K, D], of q and v_own"),
         ("v_root", v_root, (rows, kv_heads, v_dim), "[C, Hkv, Dv] with those of v_own"),
         ("k_root", k_root, (rows, kv_heads, dim), "[C, Hkv, D], of q and v_root"),
         ("lengths", lengths, (batch,), "one a sequence"),
@@ -469,6 +486,11 @@ def _check_decode(q: Tensor, k_root: Tensor, v_root: Tensor, k_own: Tensor, v_ow
     if longest == 0:
         raise ValueError("v_own must have at least one place (the new token's), got none")
     if batch and device.type == "cpu" and not torch.compiler.is_compiling():
+        if pages is not None:
+            longest *= pages.shape[1]
+            low, high = (int(bound) for bound in pages.aminmax())
+            if low < 0 or high >= lines:
+                raise ValueError(f"pages must be from 0 to {lines - 1} (of the cache), got values from {low} to {high}")
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 1 or high > longest:
             raise ValueError(f"lengths must be from 1 to {longest} (places of the cache), got values from {low} to {high}")

@@ -6,6 +6,11 @@
               sequences as fit: the prefix is read once for all of these
     combine   a program merges, for one query head of one sequence, what the parts found
 
+A cache is a line of places a sequence, or pages that any sequence may hold, also several the same one: a table says which page
+has a place. Each key's page is looked up by itself, so a tile may lie in many pages, and a page be as small as is good for who
+allocates it; beside the key (256 bytes of a head of 128 in half precision) the entry (4 bytes, in L1 from the second time on)
+is nothing.
+
 A part leaves the largest of its scores, m, the sum of exp2(score - m) and the sum of the values with these weights, in float32
 (scores are in units of log 2). They are merged in the order of the parts, without atomics.
 
@@ -84,18 +89,21 @@ def _leave(top, total, acc, tops, totals, accs, row, parts, part, inside, v_dim,
 
 @triton.jit(
     do_not_specialize=[
-        "q_slot", "q_head", "k_slot", "k_head", "k_place", "v_slot", "v_head", "v_place", "heads", "group", "longest", "dim",
-        "v_dim", "window", "before", "parts",
+        "q_slot", "q_head", "k_slot", "k_head", "k_place", "v_slot", "v_head", "v_place", "table_slot", "pages", "page_bits",
+        "heads", "group", "longest", "dim", "v_dim", "window", "before", "parts",
     ],
-    do_not_specialize_on_alignment=["lengths", "tops", "totals"],
+    do_not_specialize_on_alignment=["table", "lengths", "tops", "totals"],
 )  # fmt: skip
 def decode_own_kernel(
-    q, q_slot, q_head, k, k_slot, k_head, k_place, v, v_slot, v_head, v_place, lengths, tops, totals, accs, heads, group,
-    longest, dim, v_dim, window, before, parts, factor, cap,
-    SOFTCAP: tl.constexpr, PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    q, q_slot, q_head, k, k_slot, k_head, k_place, v, v_slot, v_head, v_place, table, table_slot, pages, page_bits, lengths,
+    tops, totals, accs, heads, group, longest, dim, v_dim, window, before, parts, factor, cap,
+    PAGED: tl.constexpr, SOFTCAP: tl.constexpr, PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A sequence's own keys; `before`: how many parts the root has, which come before these."""
+    """A sequence's own keys; `before`: how many parts the root has, which come before these.
+
+    PAGED: `k_slot` and `v_slot` are strides of the pages, of 2^`page_bits` places each; place j lies in page
+    `table`[slot, j >> page_bits]."""
     tiles = tl.cdiv(group, BLOCK_M)
     program = tl.program_id(0)
     in_group = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -111,8 +119,8 @@ def decode_own_kernel(
     inside = in_group < group
     query = (head * group + in_group).to(tl.int64)
     q_rows = q + slot * q_slot * _UNIT + query[:, None] * q_head * _UNIT
-    keys = k + slot * k_slot * _UNIT + head.to(tl.int64) * k_head * _UNIT
-    values = v + slot * v_slot * _UNIT + head.to(tl.int64) * v_head * _UNIT
+    keys = k + head.to(tl.int64) * k_head * _UNIT
+    values = v + head.to(tl.int64) * v_head * _UNIT
     d = tl.arange(0, BLOCK_D)
     dim = dim * _UNIT
     v_dim = v_dim * _UNIT
@@ -122,13 +130,18 @@ def decode_own_kernel(
     for first in range(begin, end, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
         seen = (place >= low) & (place < end)
+        line = slot
+        if PAGED:
+            line = tl.load(table + slot * table_slot + (place >> page_bits), mask=seen, other=0)
+            # Nor at the pages.
+            line = tl.minimum(tl.maximum(line, 0), pages - 1).to(tl.int64)[:, None]
+            place = place & ((1 << page_bits) - 1)
         at = place.to(tl.int64)[:, None]
-        k_rows = keys + at * k_place * _UNIT
+        k_rows = keys + line * k_slot * _UNIT + at * k_place * _UNIT
         s = _scores(q_rows, inside, k_rows, seen, dim, factor, cap, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_C)
         s = tl.where(seen[None, :], s, -float("inf"))
-        v_tile = tl.load(
-            values + at * v_place * _UNIT + d[None, :], mask=seen[:, None] & (d < v_dim)[None, :], other=0.0
-        )
+        v_rows = values + line * v_slot * _UNIT + at * v_place * _UNIT
+        v_tile = tl.load(v_rows + d[None, :], mask=seen[:, None] & (d < v_dim)[None, :], other=0.0)
         top, total, acc = _add(s, v_tile, top, total, acc)
     row = slot * heads + query
     _leave(top, total, acc, tops, totals, accs, row, parts, before + part, inside & (begin < end), v_dim, d)
@@ -237,11 +250,12 @@ class Tile(NamedTuple):
 BLOCKS = (64, 128, 256)
 
 
-def own_tile(float32: bool, block: int) -> Tile:
-    """For the own cache: 16 rows are what a matrix instruction needs; two tiles of keys and values are on their way."""
+def own_tile(float32: bool, block: int, paged: bool) -> Tile:
+    """For the own cache: 16 rows are what a matrix instruction needs; two tiles of keys and values are on their way (float32:
+    one). The compiler keeps as many of the table's entries on their way to these, with as many stages more."""
     if float32:
-        return Tile(16, 16 if block == 256 else 32, 32, 4, 2)
-    return Tile(16, 32 if block == 256 else 64, block, 4, 3)
+        return Tile(16, 16 if block == 256 else 32, 32, 8 if paged and block == 64 else 4, 3 if paged else 2)
+    return Tile(16, 32 if block == 256 else 64, block, 4, 5 if paged else 3)
 
 
 def root_tile(float32: bool, block: int) -> Tile:
@@ -263,19 +277,27 @@ def _units(*sizes: int) -> list[int]:
 
 def decode(
     q_BHD: Tensor, k_root_CGD: Tensor, v_root_CGV: Tensor, k_own_BGKD: Tensor, v_own_BGKV: Tensor, lengths_B: Tensor,
-    scale: float, window: int | None, softcap: float | None,
+    scale: float, window: int | None, softcap: float | None, pages_BN: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The launches; arguments are checked by the caller, head sizes are multiples of 8 up to 256."""
+    """The launches; arguments are checked by the caller, head sizes are multiples of 8 up to 256.
+
+    pages_BN: `k_own_BGKD` and `v_own_BGKV` are pages [P, G, K, ..], K a power of two; these are the sequences'."""
     batch, heads, dim = q_BHD.shape
     root, kv_heads, v_dim = v_root_CGV.shape
     longest, group = k_own_BGKD.shape[2], heads // kv_heads
+    pages = (lengths_B, 0, 0, 0)  # of no meaning
+    if pages_BN is not None:
+        table = pages_BN.int()
+        table = table if table.stride(1) == 1 else table.contiguous()
+        pages = (table, table.stride(0), len(k_own_BGKD), longest.bit_length() - 1)
+        longest *= table.shape[1]
     out = q_BHD.new_empty(batch, heads, v_dim)
     if batch == 0:
         return out
     q, k_root, v_root, k_own, v_own = (_aligned(x) for x in (q_BHD, k_root_CGD, v_root_CGV, k_own_BGKD, v_own_BGKV))
     lengths = lengths_B.long().contiguous()
     float32, block = q.dtype == torch.float32, max(BLOCKS[0], triton.next_power_of_2(max(dim, v_dim)))
-    own, shared = own_tile(float32, block), root_tile(float32, block)
+    own, shared = own_tile(float32, block, pages_BN is not None), root_tile(float32, block)
     span = max(ROOT_PART, -(-root // (_ROOT_PARTS * shared.block_n)) * shared.block_n)
     before, own_parts = triton.cdiv(root, span), triton.cdiv(longest, PART)
     parts = before + own_parts
@@ -294,10 +316,10 @@ def decode(
                 BLOCK_C=shared.block_c, num_warps=shared.warps, num_stages=shared.stages,
             )  # fmt: skip
         decode_own_kernel[(batch * kv_heads * triton.cdiv(group, own.block_m), own_parts)](
-            *queries, k_own, *_units(*k_own.stride()[:3]), v_own, *_units(*v_own.stride()[:3]), *found, heads, group, longest,
-            *sizes, window, before, parts, factor, cap,
-            SOFTCAP=softcap is not None, PART=PART, BLOCK_M=own.block_m, BLOCK_N=own.block_n, BLOCK_D=block,
-            BLOCK_C=own.block_c, num_warps=own.warps, num_stages=own.stages,
+            *queries, k_own, *_units(*k_own.stride()[:3]), v_own, *_units(*v_own.stride()[:3]), *pages, *found, heads, group,
+            longest, *sizes, window, before, parts, factor, cap,
+            PAGED=pages_BN is not None, SOFTCAP=softcap is not None, PART=PART, BLOCK_M=own.block_m, BLOCK_N=own.block_n,
+            BLOCK_D=block, BLOCK_C=own.block_c, num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
         decode_combine_kernel[(batch * heads,)](
             tops, totals, accs, lengths, out, heads, longest, root, sizes[1], window, span, before, parts,
@@ -308,7 +330,7 @@ def decode(
 
 def _configuration(kernel: Any, name: str, title: str, constants: dict[str, Any], warps: int, stages: int) -> Configuration:
     types = dict.fromkeys(("q", "k", "v", "out"), f"*{name}") | dict.fromkeys(("tops", "totals", "accs"), "*fp32")
-    types |= {"lengths": "*i64", "factor": "fp32", "cap": "fp32"}
+    types |= {"lengths": "*i64", "factor": "fp32", "cap": "fp32", "table": "*i32" if constants.get("PAGED") else "*i64"}
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
     whole = tuple(argument for argument in ("q", "k", "v", "accs", "out") if argument in signature)
     return Configuration(f"{kernel.__name__} {name} {title}", kernel, signature, constants, warps, stages, whole)
@@ -317,12 +339,14 @@ def _configuration(kernel: Any, name: str, title: str, constants: dict[str, Any]
 def configurations() -> Iterator[Configuration]:
     """What `decode` can choose."""
     for name, block in product(("fp32", "bf16", "fp16"), BLOCKS):
-        for kernel, softcap in product((decode_own_kernel, decode_root_kernel), (False, True)):
+        for (kernel, paged), softcap in product(
+            ((decode_own_kernel, False), (decode_own_kernel, True), (decode_root_kernel, False)), (False, True)
+        ):
             of_cache = kernel is decode_own_kernel
-            tile = (own_tile if of_cache else root_tile)(name == "fp32", block)
+            tile = own_tile(name == "fp32", block, paged) if of_cache else root_tile(name == "fp32", block)
             constants = {"SOFTCAP": softcap, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block}
-            constants |= {"BLOCK_C": tile.block_c} | ({"PART": PART} if of_cache else {})
-            title = f"D{block}{', softcap' if softcap else ''}"
+            constants |= {"BLOCK_C": tile.block_c} | ({"PART": PART, "PAGED": paged} if of_cache else {})
+            title = f"D{block}{', pages' if paged else ''}{', softcap' if softcap else ''}"
             yield _configuration(kernel, name, title, constants, tile.warps, tile.stages)
         constants = {"PART": PART, "BLOCK_P": _MERGED, "BLOCK_D": block}
         yield _configuration(decode_combine_kernel, name, f"D{block}", constants, _MERGE_WARPS, 3)

@@ -62,6 +62,34 @@ def test_decode(change, message):
         decode_attention(**decode_arguments(**change))
 
 
+def paged_arguments(**change):
+    """The same, a sequence's places in two of three pages of two each."""
+    pools = {"k_own": torch.randn(3, 2, 2, 6), "v_own": torch.randn(3, 2, 2, 5)}
+    return decode_arguments(**pools | {"pages": torch.tensor([[2, 0], [2, 1]])} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pages": 3}, "pages must be a tensor, got int"),
+        ({"pages": torch.zeros(2, 2)}, "pages must have one of the dtypes int64, int32, got torch.float32"),
+        ({"pages": torch.zeros(2, 2, dtype=torch.int32, device="meta")}, "pages must be on the device of q"),
+        ({"pages": torch.tensor([2, 0])}, r"pages must be \[2, N\], at least one for each row of q, got \[2\]"),
+        ({"pages": torch.tensor([[2, 0]])}, r"pages must be \[2, N\], .* got \[1, 2\]"),
+        ({"pages": torch.zeros(2, 0, dtype=torch.int64)}, r"pages must be \[2, N\], .* got \[2, 0\]"),
+        ({"pages": torch.tensor([[2, 0], [3, 1]])}, r"pages must be from 0 to 2 \(of the cache\), got values from 0 to 3"),
+        ({"pages": torch.tensor([[2, 0], [-1, 1]])}, "pages must be from 0 to 2 .*, got values from -1 to 2"),
+        ({"lengths": torch.tensor([1, 5])}, r"lengths must be from 1 to 4 \(places of the cache\), got values from 1 to 5"),
+        ({"k_own": torch.randn(4, 2, 2, 6)}, r"k_own must have shape \[3, 2, 2, 6\]"),
+        ({"k_own": torch.randn(3, 2, 3, 6), "v_own": torch.randn(3, 2, 3, 5)}, "a page must have a power of two of places"),
+    ],
+)
+def test_decode_with_pages(change, message):
+    assert decode_attention(**paged_arguments()).shape == (2, 4, 5)
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**paged_arguments(**change))
+
+
 def test_decode_with_nothing_or_little():
     assert decode_attention(**decode_arguments(lengths=torch.tensor([1, 4], dtype=torch.int32))).shape == (2, 4, 5)
     nobody = {name: torch.zeros(0, *x.shape[1:]) for name, x in decode_arguments().items() if name in ("q", "k_own", "v_own")}
@@ -77,8 +105,8 @@ def test_decode_looks_at_no_value_on_a_gpu_and_while_compiling(monkeypatch):
     _attention_torch._check_decode(**arguments)
     torch._dynamo.reset()
     compiled = torch.compile(decode_attention, backend="eager", fullgraph=True)
-    arguments = decode_arguments()
-    assert torch.equal(compiled(**arguments), decode_attention(**arguments))
+    for arguments in (decode_arguments(), paged_arguments()):
+        assert torch.equal(compiled(**arguments), decode_attention(**arguments))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -80,6 +80,23 @@ def cache(
     return made | {"lengths": lengths.to(DEVICE)}
 
 
+def paged(inputs: dict[str, Tensor], size: int, spare: float = math.nan) -> dict[str, Tensor]:
+    """The same cache in pages of so many places, in any order; pages that nobody has, one of which stands in the table behind
+    what is filled, hold `spare`."""
+    batch, kv_heads, places, _ = inputs["k_own"].shape
+    width = -(-places // size)
+    order = torch.randperm(batch * width + 2, generator=torch.Generator().manual_seed(0))[: batch * width].to(DEVICE)
+    used = order.view(batch, width)
+    behind = torch.arange(width, device=DEVICE) * size >= inputs["lengths"][:, None]
+    made = inputs | {"pages": used.masked_fill(behind, min(set(range(batch * width + 2)) - set(order.tolist()))).int()}
+    for name in ("k_own", "v_own"):
+        line = inputs[name].new_full((batch, kv_heads, width * size, inputs[name].shape[3]), spare)
+        line[:, :, :places] = inputs[name]
+        made[name] = line.new_full((batch * width + 2, kv_heads, size, line.shape[3]), spare)
+        made[name][used] = line.view(batch, kv_heads, width, size, line.shape[3]).transpose(1, 2)
+    return made
+
+
 def clean(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """With zeros behind the lengths: in the torch form 0 times infinity would count."""
     hidden = torch.arange(inputs["k_own"].shape[2], device=DEVICE)[None] >= inputs["lengths"][:, None]
@@ -90,9 +107,9 @@ def triton(inputs: dict[str, Tensor], **how: Any) -> Tensor:
     return decode_attention(**inputs, **how, backend="triton")
 
 
-def assert_right(inputs: dict[str, Tensor], **how: Any) -> Tensor:
-    """As exact as the torch form but for the probabilities, which are rounded once more."""
-    ours = triton(inputs, **how)
+def assert_right(inputs: dict[str, Tensor], page: int | None = None, **how: Any) -> Tensor:
+    """In lines, or pages of so many places: as exact as the torch form but for probabilities, which are rounded once more."""
+    ours = triton(inputs, **how) if page is None else triton(paged(inputs, page), **how)
     twin = decode_attention(**clean(inputs), **how, backend="torch")
     exact = decode_attention(**converted(clean(inputs), torch.float64), **how, backend="torch")
     assert_as_good(ours, twin, exact, roundings=2)
@@ -112,14 +129,15 @@ def assert_right(inputs: dict[str, Tensor], **how: Any) -> Tensor:
     scale=st.sampled_from([None, 0.0, -0.3, 1]),
     window=st.sampled_from([None, 1, 3, 20, 48, 2**40]),
     softcap=st.sampled_from([None, 0.7, 30]),
+    page=st.sampled_from([None, 1, 2, 8, 16, 128]),
     seed=st.integers(0, 100),
 )
-def test_odd_shapes(batch, root, places, kv_heads, group, dim, v_dim, dtype, scale, window, softcap, seed):
+def test_odd_shapes(batch, root, places, kv_heads, group, dim, v_dim, dtype, scale, window, softcap, page, seed):
     inputs = cache(
         batch, root, places, heads=kv_heads * group, kv_heads=kv_heads, dim=dim, v_dim=v_dim, dtype=dtype, seed=seed
     )
     with small_parts():
-        out = assert_right(inputs, scale=scale, window=window, softcap=softcap)
+        out = assert_right(inputs, page, scale=scale, window=window, softcap=softcap)
     assert out.shape == (batch, kv_heads * group, dim if v_dim is None else v_dim) and out.isfinite().all()
 
 
@@ -130,10 +148,41 @@ def test_odd_shapes(batch, root, places, kv_heads, group, dim, v_dim, dtype, sca
         (128, torch.float32), (256, torch.float16), (256, torch.float32),
     ],
 )  # fmt: skip
-def test_parts_and_tiles_of_the_size_used(dim, dtype):
+@pytest.mark.parametrize("page", [None, 8])
+def test_parts_and_tiles_of_the_size_used(dim, dtype, page):
     """Two parts of the cache, two of the root, and a last tile of each that is not full."""
-    assert_right(cache(2, 270, 300, heads=7, kv_heads=1, dim=dim, dtype=dtype))
+    assert_right(cache(2, 270, 300, heads=7, kv_heads=1, dim=dim, dtype=dtype), page)
     assert_right(cache(3, 20, 7, heads=2, kv_heads=2, dim=dim, dtype=dtype), window=9, softcap=5.0)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("window", [None, 21])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_pages_hold_what_lines_hold(index, window, backend):
+    """To the bit, wherever pages lie, with values of another size, and where one page is that of several sequences."""
+    inputs = clean(cache(5, 20, 70, dim=16, v_dim=24, dtype=torch.float16))
+    inputs["k_own"][1:3, :, :32], inputs["v_own"][1:3, :, :32] = inputs["k_own"][:1, :, :32], inputs["v_own"][:1, :, :32]
+    inputs["lengths"] = torch.tensor([40, 33, 70, 1, 64], device=DEVICE)
+    with small_parts(), row_by_row():
+        wanted = decode_attention(**inputs, window=window, backend=backend)
+        for size in (1, 4, 16, 32, 128):
+            made = paged(inputs, size, spare=0.0 if backend == "torch" else math.nan)
+            made["pages"] = made["pages"].to(index)
+            shared = 32 // size
+            made["pages"][1:3, :shared] = made["pages"][:1, :shared]
+            out = decode_attention(**made, window=window, backend=backend)
+            torch.testing.assert_close(out, wanted, rtol=0, atol=0 if backend == "triton" else 2e-3)
+
+
+def test_pages_that_nothing_has_looked_at_do_not_lead_out_of_the_cache():
+    from fastppo_kernels import _triton_decode
+
+    inputs = paged(clean(cache(2, 5, 9)), 4, spare=0.0)
+    first, last = 0, len(inputs["k_own"]) - 1
+    tables = [torch.tensor([[a, b, b], [1, a, b]], device=DEVICE) for a, b in ((first, last), (-9, 10**6))]
+    inputs["lengths"] = torch.tensor([9, 10], device=DEVICE)
+    known = [x for name, x in inputs.items() if name != "pages"]
+    assert torch.equal(*(_triton_decode.decode(*known, 0.3, None, None, table) for table in tables))
 
 
 def test_a_long_root_is_cut_in_few_parts_and_a_tile_holds_many_sequences():
@@ -267,6 +316,11 @@ def test_compiles_without_a_break_and_once_for_all_sizes():
 
     assert_compiles_once(function, [tuple(cache(n, n + 3, n + 7).values()) for n in (2, 5, 9)])
 
+    def in_pages(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return (decode_attention(*tensors[:-1], pages=tensors[-1], backend="triton"),)
+
+    assert_compiles_once(in_pages, [tuple(paged(cache(n, n + 3, n + 7), 8).values()) for n in (2, 5, 9)])
+
 
 def test_an_unknown_back_end():
     with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
@@ -279,6 +333,7 @@ def test_keys_come_16_bytes_at_a_time_while_others_are_multiplied():
 import re
 from fastppo_kernels import compile_report as report
 names = [f"decode_{part}_kernel bf16 D{size}" for part in ("own", "root") for size in (64, 128)]
+names += [f"decode_own_kernel bf16 D{size}, pages" for size in (64, 128)]
 found = [configuration for configuration in report.every_configuration() if configuration.name in names]
 assert len(found) == len(names)
 for configuration in found:
@@ -286,7 +341,9 @@ for configuration in found:
         kernel = report.compiled(configuration, arch)
         sizes = re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global [^;]*?, (\\w+),", kernel.asm["ptx"])
         loop = kernel.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
-        assert set(sizes) == {"0x10"} and "dot" in loop and "tt.load" not in loop, (configuration.name, arch, sizes)
+        table = {"0x4"} if "pages" in configuration.name else set()
+        assert set(sizes) == {"0x10"} | table and "dot" in loop and "tt.load" not in loop, (configuration.name, arch, sizes)
+        assert sizes.count("0x10") >= 4 * sizes.count("0x4")
 """
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folder = Path(__file__).resolve().parents[2]

@@ -15,12 +15,18 @@ from fastppo.batch.rollout import Sample, pack_rollout
 from fastppo.errors import Interrupted, UserError
 from fastppo.model.actor_critic import POLICY
 from fastppo.model.load import load_base
-from fastppo.rollout import sampler
+from fastppo.rollout import decoder, sampler
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo_kernels import sample as sample_op
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8, slots=4)
 DRAW = Sampling(temperature=1.0, max_new_tokens=8, slots=4)
+
+@pytest.fixture(params=["lines", "pages"])
+def cache(request, monkeypatch):
+    """Keys and values as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(decoder, "in_pages", lambda device: request.param == "pages")
+
 
 PROMPTS = {
     "common beginning": random_prompts(0, 7),
@@ -65,7 +71,7 @@ def assert_equal(samples, wanted):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", PROMPTS)
-def test_greedy_equals_transformers_generate(kind, case):
+def test_greedy_equals_transformers_generate(kind, case, cache):
     model = make_model(kind)
     got = generate(model, PROMPTS[case], 1, GREEDY, seed=0)
     assert_equal(got.samples, hugging_face_greedy(model, PROMPTS[case], 8))
@@ -84,7 +90,7 @@ def answers(model, prompts, samples, slots, *, seed=3, first_id=0, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_draws_do_not_depend_on_slots_or_neighbours(kind):
+def test_draws_do_not_depend_on_slots_or_neighbours(kind, cache):
     """Draws of a sample are fixed by seed, sample number and its own tokens."""
     model = make_model(kind)
     prompts = random_prompts(4, 9)
@@ -110,7 +116,7 @@ def test_small_prefill_budget_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mpt"])
-def test_a_thousand_sequences_through_32_slots(kind, monkeypatch):
+def test_a_thousand_sequences_through_32_slots(kind, cache, monkeypatch):
     """None lost, none twice, each in its place and continuing its own prompt, whatever the slots are."""
     model, rows = make_model(kind), []
     model.base = replace(model.base, eos_ids=tuple(range(0, 320, 6)))  # answers of every length
@@ -327,7 +333,7 @@ def test_a_diverged_policy_ends_with_one_line(kind):
         estimate(model, minis, rollout, [0.0] * 8, 0.0, model.config)
 
 
-def test_long_answers_against_transformers():
+def test_long_answers_against_transformers(cache):
     """A cache that grows past the prompts, beyond a sliding window of 7."""
     prompts = [random_ids(random.Random(i), 3 + i) for i in range(4)]
     for kind in ("mistral", "mpt"):

@@ -43,9 +43,11 @@ def made(monkeypatch):
     return made, asked
 
 
+@pytest.mark.parametrize("pages", [False, True])
 @pytest.mark.parametrize(("kind", "slots", "samples"), [("llama", 6, 3), ("qwen2", 5, 1), ("mistral", 64, 1)])
-def test_the_same_samples_as_without(kind, slots, samples, made, monkeypatch):
+def test_the_same_samples_as_without(kind, slots, samples, pages, made, monkeypatch):
     """Sequences end at different times (so rows move and buckets shrink), and others take their places."""
+    monkeypatch.setattr(decoder, "in_pages", lambda device: pages)
     model = sharpen(make_model(kind, sample__max_new_tokens=20))
     model.base = replace(model.base, eos_ids=tuple(range(40)))
     prompts = random_prompts(3, 11, root=4)
@@ -66,9 +68,9 @@ def test_what_the_adapter_learned_is_seen_by_the_next_replay(made):
     """Graphs read the parameters where they lie."""
     model = make_model("llama", sample__max_new_tokens=40)
     prompts = random_prompts(3, 4, root=4)
-    made_here = decoder.make_decoder(model.backbone, prompts, 4, 40, 10**6)
+    made_here = decoder.make_decoder(model.backbone, prompts, 1, 4, 40, 10**6)
     made_here.folded = None
-    made_here.admit(prompts, [1] * 4)
+    made_here.admit(prompts)
     tokens = torch.tensor([1, 2, 3, 4])
     with torch.no_grad():
         made_here.step(tokens)
@@ -130,8 +132,8 @@ def test_a_decoder_is_let_go_at_once(made):
     prompts = random_prompts(0, 3)
     gc.disable()
     try:
-        here = decoder.make_decoder(model.backbone, prompts, 4, 6, 10**6)
-        here.admit(prompts, [1] * 3)
+        here = decoder.make_decoder(model.backbone, prompts, 1, 4, 6, 10**6)
+        here.admit(prompts)
         with torch.no_grad():
             here.step(torch.tensor([1, 2, 3]))
         gone = weakref.ref(here)

@@ -1,0 +1,152 @@
+"""Where the keys and values of running sequences lie.
+
+``Pages`` holds a prompt once for all its samples: pages that it fills are theirs together, what is left of it is copied into
+the first page of each, in which the answer goes on. ``Lines`` gives each sequence a line of places side by side, which is what
+the products of a CPU want: there, gathering pages would cost more than the copies of a prompt do.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Layers = list[tuple[Tensor, Tensor]]  # of each layer keys and values
+
+# Places of a page. Attention looks up each key's page by itself, so that small ones cost it nothing; of each sample's pages
+# half a page is wasted on average at the end, and half a page copied at the beginning. 8 heads of 128 are 16 KiB.
+PAGE = 8
+
+
+def pages_of(slots: int, samples: int, longest: int, new: int) -> int:
+    """Pages for ``slots`` sequences, ``samples`` of each prompt, whose prompts have up to ``longest`` tokens of their own and
+    answers ``new``; and one that is nobody's."""
+    together, alone = longest // PAGE, -(-(min(longest, PAGE - 1) + new) // PAGE)
+    return 1 + slots * alone + -(-slots // samples) * together
+
+
+class Cache(Protocol):
+    own: Layers  # as `DecodeContext` wants them; empty until the first sequences come
+
+    def room(self, rows: int, lengths: list[int]) -> int:
+        """Behind ``rows`` running sequences, how many of prompts of these lengths, in this order, can come with all samples."""
+
+    def fill(self, rows: int, kept: Layers, paths: np.ndarray) -> None:
+        """Samples of each prompt, side by side, behind ``rows`` running sequences. kept: [T, Hkv, D] of the prompts' tokens;
+        paths: [N, K], of each prompt the rows in ``kept``, -1 behind its end."""
+
+    def pages(self, rows: int, longest: int) -> Tensor | None:
+        """Of the first rows the pages [rows, N] of as many places, at least."""
+
+    def keep(self, rows: int, order: list[int], used: list[int]) -> None:
+        """Of ``rows`` sequences these, in this order: only into places of others. used: places of each that are filled."""
+
+
+class Lines:
+    """A line of ``longest + new`` places a sequence; see ``pages_of``."""
+
+    def __init__(self, slots: int, samples: int, longest: int, new: int, device: torch.device):
+        self.slots, self.samples, self.capacity, self.device = slots, samples, longest + new, device
+        self.own: Layers = []
+
+    def room(self, rows: int, lengths: list[int]) -> int:
+        return min(len(lengths), (self.slots - rows) // self.samples)
+
+    def fill(self, rows: int, kept: Layers, paths: np.ndarray) -> None:
+        if not self.own:
+            shapes = [[(self.slots, x.shape[1], self.capacity, x.shape[2]) for x in layer] for layer in kept]
+            self.own = [(k.new_zeros(a), v.new_zeros(b)) for (k, v), (a, b) in zip(kept, shapes, strict=True)]
+        source = torch.as_tensor(paths.clip(min=0), device=self.device).repeat_interleave(self.samples, 0)
+        stop = rows + len(source)
+        for caches, layer in zip(self.own, kept, strict=True):
+            for cache, new in zip(caches, layer, strict=True):
+                cache[rows:stop, :, : source.shape[1]] = new[source].transpose(1, 2)
+
+    def pages(self, rows: int, longest: int) -> None:
+        return None
+
+    def keep(self, rows: int, order: list[int], used: list[int]) -> None:
+        # Only sequences beyond the new end move, each into a freed place: no other line is copied.
+        moves = [(to, source) for to, source in enumerate(order) if to != source]
+        if moves:
+            longest = max(used[source] for _, source in moves)
+            to, source = torch.tensor(moves, device=self.device).unbind(1)
+            for cache in (cache for layer in self.own for cache in layer):
+                cache[to, :, :longest] = cache[source, :, :longest]
+
+
+class Pages:
+    """Pages of ``PAGE`` places; see ``pages_of``. A sequence has all that it may come to need from its beginning, so that none
+    ever waits for another one's; pages that no sequence has any more are taken by the next ones.
+
+    Page 0 is nobody's: rows of the table behind the running sequences name it, which a CUDA graph of more rows computes too.
+    """
+
+    def __init__(self, slots: int, samples: int, longest: int, new: int, device: torch.device):
+        self.slots, self.samples, self.new, self.device = slots, samples, new, device
+        self.own: Layers = []
+        self.users = np.zeros(pages_of(slots, samples, longest, new), dtype=np.int64)  # sequences that have a page
+        self.free = [*range(len(self.users) - 1, 0, -1)]
+        self.host = np.zeros((slots, -(-(longest + new) // PAGE)), dtype=np.int32)
+        self.table = torch.zeros(self.host.shape, dtype=torch.int32, device=device)
+
+    def _needs(self, length: int) -> tuple[int, int]:
+        """Pages that all samples of a prompt have in common, and those of each."""
+        return length // PAGE, -(-(length % PAGE + self.new) // PAGE)
+
+    def room(self, rows: int, lengths: list[int]) -> int:
+        most, left = (self.slots - rows) // self.samples, len(self.free)
+        for i, length in enumerate(lengths[:most]):
+            together, alone = self._needs(length)
+            left -= together + self.samples * alone
+            if left < 0:
+                return i
+        return min(most, len(lengths))
+
+    def _take(self, count: int, users: int) -> np.ndarray:
+        pages = np.array([self.free.pop() for _ in range(count)], dtype=np.int32)
+        self.users[pages] = users
+        return pages
+
+    def fill(self, rows: int, kept: Layers, paths: np.ndarray) -> None:
+        if not self.own:
+            pages = len(self.users)
+            shapes = [[(pages, x.shape[1], PAGE, x.shape[2]) for x in layer] for layer in kept]
+            self.own = [(k.new_zeros(a), v.new_zeros(b)) for (k, v), (a, b) in zip(kept, shapes, strict=True)]
+        source, page = [], []  # of each place that is written, by page
+        start = rows
+        for path in paths:
+            path = path[path >= 0]
+            together, alone = self._needs(len(path))
+            shared, rest = self._take(together, self.samples), path[together * PAGE :]
+            source.append(path[: together * PAGE])
+            page.append(shared.repeat(PAGE))
+            for row in range(rows, rows + self.samples):
+                mine = self._take(alone, 1)
+                self.host[row, : together + alone] = np.concatenate([shared, mine])
+                source.append(rest)
+                page.append(mine[:1].repeat(len(rest)))
+            rows += self.samples
+        # Each page is filled from its first place on.
+        place = np.concatenate([np.arange(len(part)) % PAGE for part in page])
+        where = [torch.as_tensor(np.concatenate(x), device=self.device).long() for x in (source, page)]
+        at = torch.as_tensor(place, device=self.device)
+        for caches, layer in zip(self.own, kept, strict=True):
+            for cache, new in zip(caches, layer, strict=True):
+                cache[where[1], :, at] = new[where[0]]
+        self.table[start:rows] = torch.as_tensor(self.host[start:rows], device=self.device)
+
+    def pages(self, rows: int, longest: int) -> Tensor:
+        return self.table[:rows, : -(-longest // PAGE)]
+
+    def keep(self, rows: int, order: list[int], used: list[int]) -> None:
+        gone = self.host[sorted(set(range(rows)) - set(order))]
+        np.subtract.at(self.users, gone[gone > 0], 1)
+        ended = np.unique(gone[gone > 0])
+        self.free += ended[self.users[ended] == 0].tolist()
+        self.host[: len(order)] = self.host[order]
+        self.host[len(order) : rows] = 0
+        self.table[: len(order)] = self.table[torch.tensor(order, dtype=torch.int64, device=self.device)]
+        self.table[len(order) : rows] = 0
