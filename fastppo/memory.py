@@ -316,6 +316,7 @@ class _Trunk:
         walk.drop(attended if self.rows_asked and layer.fused else 0)
         walk.take(size(padded, layer.queries + 2 * layer.keys) if padded != tokens else 0)
         if layer.fused:
+            walk.drop(of_qkv if padded != tokens else 0)
             self.norm(padded, layer.hidden)
         self.project_back(0, padded, need_x)
         grad_x = self.norm_backward(padded, layer.hidden) if need_x else 0
@@ -496,6 +497,7 @@ def library_attention(paths: int, tokens: int, layer: Layer, machine: Machine) -
     paths: rows of all segments' root paths together.
     """
     keys, wide = paths * layer.keys * machine.itemsize, paths * layer.queries * machine.itemsize
+    gathered = 0 if paths == tokens else keys  # without a shared prefix they are read where they are
     grouped = 2 * wide if layer.kv_heads < layer.heads else 0  # gradients by query head, before they are added up
     sums = 4 * tokens * layer.queries  # of dQ, float32
-    return AttentionMemory(0, 2 * keys, 2 * keys, 4 * keys + grouped + sums)
+    return AttentionMemory(0, 2 * gathered, 2 * gathered, 2 * gathered + 2 * keys + grouped + sums)

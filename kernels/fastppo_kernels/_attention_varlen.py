@@ -330,9 +330,18 @@ def _filled(x: Tensor, width: int) -> Tensor:
     return x if x.shape[2] == width else torch.nn.functional.pad(x, (0, width - x.shape[2]))
 
 
+def _shares_nothing(k: Tensor, kv_index: Tensor) -> bool:
+    """Whether every path is its segment's own rows: it ends with those, so there are no more entries than rows only then, and
+    they are the rows in order. (Or it is one segment, after a prefix of the past.)"""
+    return kv_index.shape[0] == k.shape[0]
+
+
 def _gathered(q: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     width = _width(q, v)
-    k, v = (_filled(x.index_select(0, kv_index), width) for x in (k, v))
+    if _shares_nothing(k, kv_index):
+        k, v = (_filled(x, width).contiguous() for x in (k, v))
+    else:
+        k, v = (_filled(x.index_select(0, kv_index), width) for x in (k, v))
     return _filled(q, width).contiguous(), k, v
 
 
@@ -396,6 +405,8 @@ def _varlen_attention_backward(
     ask = Numbers(max_q, max_k, scale, window, softcap)
     with no_autocast(q.device):
         dq, dk, dv = LIBRARIES[library].backward(d_out, *rows, out, lse, cu_q, cu_k, ask)
+    if _shares_nothing(k, kv_index):
+        return *(d[..., : x.shape[2]].contiguous() for d, x in ((dq, q), (dk, k), (dv, v))),  # type: ignore[return-value]
     if order_N is None or start_R1 is None:
         where = occurrences(kv_index, k.shape[0])
     else:

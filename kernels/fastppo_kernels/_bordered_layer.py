@@ -154,6 +154,7 @@ def backward(
     del grad_seen
     of_qkv.fill_ds(grads_qkv)
     others = o + gate_up + down
+    grad_x_TH: Tensor
     if need_x and rows_R is None:
         grad_n = of_qkv.input_gradient(grads_qkv)
         grad_x_TH, n_TH = residual_backward(grad_n, x_TH, weights.input_norm, weights.eps, grad_y_RH)
@@ -162,7 +163,7 @@ def backward(
     n_TH, rstd = normalise(x_TH, weights.input_norm, weights.eps)
     found = adapters(0, n_TH, grads_qkv) + others
     del n_TH
-    if not need_x:
+    if not need_x or rows_R is None:
         return None, found
     grad_x_TH = normalise_backward(of_qkv.input_gradient(grads_qkv), x_TH, weights.input_norm, rstd)
     add_rows_(grad_x_TH, rows_R, grad_y_RH)

@@ -133,6 +133,25 @@ def test_low_precision_is_no_worse_than_torch(any_name, dtype):
         assert mine <= 1.2 * torchs + torch.finfo(dtype).eps / 4
 
 
+@pytest.mark.parametrize("dims", [(16, 16), (6, 5)])
+@pytest.mark.parametrize(("lengths", "past"), [((3, 5, 1), 0), ((4,), 3), ((3, 5, 1), 2)])
+def test_nothing_is_gathered_where_no_prefix_is_shared(name, lengths, past, dims, monkeypatch):
+    """Sequences by themselves, or one after a prefix of before; several after one share that."""
+    paths, rows, start = [], [], past
+    for length in lengths:
+        paths.append([*range(past), *range(start, start + length)])
+        start += length
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0) for n in (lengths, [len(path) for path in paths]))
+    layout = TreeLayout(cu_q, cu_k, torch.tensor(sum(paths, [])), past, past)
+    real = varlen.sum_rows
+    monkeypatch.setattr(varlen, "sum_rows", lambda *args: rows.append(1) or real(*args))
+    tensors = inputs(layout, 4, 2, dim=dims[0], v_dim=dims[1], dtype=torch.float32)
+    check(layout, tensors, name)
+    doubled = [x.detach().repeat_interleave(2, 2)[..., ::2].requires_grad_() for x in tensors]
+    check(layout, doubled, name)
+    assert len(rows) == (4 if past and len(lengths) > 1 else 0)
+
+
 def kept_bytes(run):
     """What autograd keeps for backward of what it was not given."""
     sizes: dict[int, int] = {}
