@@ -281,7 +281,7 @@ def forward_backward(model: ActorCritic, minis: list[MiniBatch], config: Config,
     marks = _Marks(device)
     for mini in minis:
         for part in mini.parts:
-            loss, _ = ppo._loss(model, part, mini.n_actions, config.ppo.kl_coef, config, False)
+            loss, _ = ppo.micro_batch_loss(model, part, mini.n_actions, config.ppo.kl_coef, config, False)
             marks()
             loss.backward()
             marks()

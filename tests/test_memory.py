@@ -59,7 +59,7 @@ def measured(model: ActorCritic, tree: TokenTree) -> int:
     part = MicroBatch(tree, [], known(tree))
 
     def run() -> None:
-        ppo._loss(model, part, tree.n_actions, 0.05, model.config, False)[0].backward()
+        ppo.micro_batch_loss(model, part, tree.n_actions, 0.05, model.config, False)[0].backward()
 
     run()
     return measure.peak(run)

@@ -41,7 +41,7 @@ def limit_trees(patch: pytest.MonkeyPatch, name: str, most: int) -> None:
 
 def limit_backward(patch: pytest.MonkeyPatch, most: int) -> None:
     """Half of a larger micro-batch's gradient is there when its memory runs out."""
-    real = ppo._loss
+    real = ppo.micro_batch_loss
 
     def limited(model, part, *arguments):
         loss, metrics = real(model, part, *arguments)
@@ -55,7 +55,7 @@ def limit_backward(patch: pytest.MonkeyPatch, most: int) -> None:
             handle = final.register_post_accumulate_grad_hook(fail)
         return loss, metrics
 
-    patch.setattr(ppo, "_loss", limited)
+    patch.setattr(ppo, "micro_batch_loss", limited)
 
 
 def limit_slots(patch: pytest.MonkeyPatch, most: int) -> None:

@@ -163,17 +163,28 @@ def _gradients(
     optimizer.zero_grad(set_to_none=True)
     metrics = []
     for part in mini.parts:
-        loss, part_metrics = _loss(model, part, mini.n_actions, kl_coef, config, critic_only)
+        loss, part_metrics = micro_batch_loss(model, part, mini.n_actions, kl_coef, config, critic_only)
         loss.backward()
         metrics.append(part_metrics)
     parameters = model.trainable(critic_only=critic_only)
     return metrics, torch.nn.utils.clip_grad_norm_(parameters, config.ppo.max_grad_norm)
 
 
-def _loss(
+def micro_batch_loss(
     model: ActorCritic, part: MicroBatch, n_actions: int, kl_coef: float, config: Config, critic_only: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The micro-batch's share of its mini-batch's loss, and its metrics as sums."""
+    """The micro-batch's share of its mini-batch's loss, whose gradients add up to the mini-batch's, and its metrics as sums.
+
+    Args:
+        part: with what `estimate` knows of its actions; its ``states``, where there are any, are used up.
+        n_actions: of the whole mini-batch, by which the sums over this one's actions are divided.
+        kl_coef: weight of the KL divergence, where that is in the loss.
+        critic_only: the value loss alone.
+
+    Returns:
+        (loss, metrics): 0-d float32, differentiable in the adapters and the value head; 0-d float64 sums and maxima over the
+        actions, as of `ppo_loss`.
+    """
     known = part.known
     if critic_only:
         value_loss, metrics = ppo_value_loss(
