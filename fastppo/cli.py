@@ -96,9 +96,13 @@ def _add_flag(group: Any, setting: config.Setting) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, with_settings = _parser()
-    if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
+    if not argv:
+        raise UserError(f"no command is given; expected {', '.join(COMMANDS)}; see fastppo --help")
+    if argv[0][:1] == "-" and argv[0] not in ("-h", "--help", "--version"):
+        raise UserError(f"{argv[0]} stands before the command; expected fastppo COMMAND {argv[0]}; see fastppo --help")
+    if argv[0][:1] != "-" and argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]}{config.suggest(argv[0], list(COMMANDS))}; see fastppo --help")
-    taking = with_settings.get(argv[0] if argv else "", with_settings["train"])
+    taking = with_settings.get(argv[0], with_settings["train"])
     flags = {flag: action for action in taking._actions for flag in action.option_strings}
     joined: list[str] = []
     for word in argv:

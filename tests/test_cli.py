@@ -120,7 +120,8 @@ def test_eval_and_export(calls):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", "the following arguments are required: COMMAND"),
+        ("", "no command is given; expected train, plan, "),
+        ("--lora-rank 4 train", "--lora-rank stands before the command; expected fastppo COMMAND --lora-rank;"),
         ("trian", "unknown command trian; did you mean train?; see fastppo --help"),
         ("train --ppo-learning-rate 1", "train: unknown flag --ppo-learning-rate"),
         ("train --lr 1", "train: unknown flag --lr; did you mean --sft-lr or --ppo-lr?"),
