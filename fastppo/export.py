@@ -55,6 +55,11 @@ def export_run(run: Path, to: Path, merged: bool, console: rich.console.Console)
         options += f", quantization_config=transformers.BitsAndBytesConfig({quantised})"
     call = f"{how}.from_pretrained({str(to)!r}, {options})"
     console.print(Text(f"wrote {to}; load it with {call}"), soft_wrap=True)
+    rows = [] if merged else nf4.rows_wrong_on_cpu(base.model)
+    if rows:
+        instead = "" if base.model.hf_quantizer.pre_quantized else ", or export with --merged"
+        wrong = f"rows of {', '.join(map(str, rows))} entries, no multiples of 64"
+        console.print(Text(f"on a GPU: on a CPU bitsandbytes gets {wrong}, wrong{instead}"), soft_wrap=True)
 
 
 def _in_plain_weights(base: Base, config: Config) -> Base:

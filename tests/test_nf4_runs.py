@@ -129,11 +129,25 @@ def test_the_adapter_loads_in_plain_peft(world, tmp_path):
     console = quiet_console()
     export_run(tmp_path / "run", tmp_path / "to", False, console)
     model = load_as_shown(console)
+    assert console.file.getvalue().count("\n") == 1  # all rows end with blocks
     layers = [module for module in model.modules() if type(module) is bitsandbytes.nn.Linear4bit]
     assert len(layers) == 14
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False  # else it multiplies in bfloat16 where the CPU can
     assert_same(model, ids, logits)
+
+
+def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_named(finished, tmp_path):
+    """The base's, of 32 and 48 entries."""
+    run = finished[0]
+    console = quiet_console()
+    export_run(run, tmp_path / "adapter", False, console)
+    wrong = "rows of 32, 48 entries, no multiples of 64"
+    said = f"on a GPU: on a CPU bitsandbytes gets {wrong}, wrong, or export with --merged"
+    assert console.file.getvalue().splitlines()[1:] == [said]
+    console = quiet_console()
+    export_run(run, tmp_path / "merged", True, console)
+    assert console.file.getvalue().count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -159,4 +173,6 @@ def test_merged_model_of_a_base_without_plain_weights_is_refused(world, tmp_path
     with pytest.raises(UserError, match="is stored in 4 bits and has no plain weights; export without --merged"):
         export_run(tmp_path / "run", tmp_path / "to", True, quiet_console())
     assert not (tmp_path / "to").exists()
-    export_run(tmp_path / "run", tmp_path / "to", False, quiet_console())
+    console = quiet_console()
+    export_run(tmp_path / "run", tmp_path / "to", False, console)
+    assert console.file.getvalue().endswith("no multiples of 64, wrong\n")  # no other way

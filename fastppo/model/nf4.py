@@ -104,6 +104,13 @@ def adopt(model: PreTrainedModel, dtype: torch.dtype, shown: str) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
+def rows_wrong_on_cpu(model: nn.Module) -> list[int]:
+    """Lengths of rows in 4 bits that do not end with a block, which bitsandbytes by itself gets wrong on a CPU."""
+    if not in_4_bits(model):
+        return []
+    return sorted({layer.in_features for _, layer in layers(model) if layer.in_features % layer.weight.quant_state.blocksize})
+
+
 @torch.no_grad()
 def copy_dequantised(model: nn.Module, dense: nn.Module) -> None:
     """Give ``dense``, the same architecture with plain weights, the values that the 4 bits of ``model`` stand for."""
