@@ -58,6 +58,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter", allow_abbrev=False)
     evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")
     evaluate.add_argument("--data", metavar="D", help="data folder, file or hub name (default: the run's)")
+    evaluate.add_argument("--task", metavar="T", help="another task than the run's, with its --data: a diagnostic set")
     evaluate.add_argument("--split", choices=("dev", "train"), default="dev", help="(default: dev)")
     evaluate.add_argument("--limit", metavar="N", help="use only the first N examples")
 
@@ -142,9 +143,9 @@ def _train(args: argparse.Namespace) -> None:
         run = _existing(args.resume)
     else:
         settings = _anchored(config.load_config(overrides, args.config))
-        from fastppo.tasks import get_task
+        from fastppo.tasks import get_task_to_train
 
-        get_task(settings.task)  # a wrong name is known before seconds of imports
+        get_task_to_train(settings.task)  # a wrong name is known before seconds of imports
         run = _new_run(settings)
     console = _console()
     console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
@@ -211,7 +212,7 @@ def _eval(args: argparse.Namespace) -> None:
         limit = int(args.limit)
     from fastppo import evaluate
 
-    evaluate.evaluate_run(run, args.data, args.split, limit, _console())
+    evaluate.evaluate_run(run, args.data, args.split, limit, _console(), args.task)
 
 
 def _export(args: argparse.Namespace) -> None:

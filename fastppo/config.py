@@ -196,6 +196,18 @@ class Config:
     """All settings of a run."""
 
     task: str = _setting("cola", "task to train on", pattern=(r"\S+", "the name of a task"))
+    template: str = _setting(
+        "short",
+        "how the task is asked: short ends with the end token, tagged with </answer>",
+        "tagged: as Somayajula et al. 2025 (arXiv 2410.11020), in other words",
+        choices=("short", "tagged"),
+    )
+    fallback: str = _setting(
+        "wrong",
+        "what evaluation scores for an answer that is none: wrong, or the first label it names anywhere, else a random one",
+        "random: Somayajula et al. 2025 (arXiv 2410.11020), released code",
+        choices=("wrong", "random"),
+    )
     model: str | None = _setting(None, "model folder or hub name (none: the built-in tiny model)")
     data: str | None = _setting(None, "data folder, file or hub name (none: the built-in corpus)")
     out: str | None = _setting(None, "run folder to make (none: runs/TASK-TIME)")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastppo.model.load import first_line, load_base
 from fastppo.rewards.rules import answer_reward
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo.rollout.trie import TokenTrie
+from fastppo.scores import shown
 from fastppo.tasks import Example, Task, get_task, load_data
 
 
@@ -38,7 +40,7 @@ class LabelledPrompts:
         return LabelledPrompts(self.examples[part], self.prompts[part])
 
     @property
-    def labels(self) -> list[int]:
+    def labels(self) -> list[int | float]:
         return [example.label for example in self.examples if example.label is not None]
 
 
@@ -71,32 +73,53 @@ def allowed_answers(model: ActorCritic, task: Task, data: LabelledPrompts) -> To
     """For ``--sample-constrained`` the task's answers, in the tokens that follow its first prompt (all end alike); else None.
 
     Raises:
-        UserError: the tokenizer has no tokens for an answer, or ``--sample-max-new-tokens`` is too few.
+        UserError: the answers are numbers, the tokenizer has no tokens for one, or ``--sample-max-new-tokens`` is too few.
     """
     if not model.config.sample.constrained or not len(data):
         return None
-    tokenizer, text, prompt = model.base.tokenizer, task.prompt(data.examples[0]), data.prompts[0]
-    spelled = [encode_answer(tokenizer, text, prompt, task.answer(label)) for label in range(len(task.labels))]
+    if task.span is not None:
+        raise UserError(f"--sample-constrained: answers to task {task.name} are numbers, not one of a few words; leave it off")
+    spelled = spell_answers(model, task, data, range(len(task.labels)))
     try:
         answers = TokenTrie(spelled, model.device)
     except ValueError as error:
         raise UserError(
             f"--sample-constrained: the tokenizer of {model.base.name!r} cannot spell the answers: {error}"
         ) from None
-    if answers.longest > model.config.sample.max_new_tokens:
+    longest = answers.longest - bool(task.closing)  # the closing tag ends an answer before its end token is drawn
+    if longest > model.config.sample.max_new_tokens:
         raise UserError(
             f"--sample-max-new-tokens: {model.config.sample.max_new_tokens} is too few for --sample-constrained; expected at "
-            f"least {answers.longest}, the longest answer and its end token"
+            f"least {longest}, the longest answer{'' if task.closing else ' and its end token'}"
         )
     return answers
 
 
+def spell_answers(model: ActorCritic, task: Task, data: LabelledPrompts, labels: Sequence[int | float]) -> list[list[int]]:
+    """The token ids of these labels' answers behind the first prompt, each with its end token."""
+    text, prompt = task.prompt(data.examples[0]), data.prompts[0]
+    return [encode_answer(model.base.tokenizer, text, prompt, task.answer(label)) for label in labels]
+
+
+def check_room(model: ActorCritic, task: Task, data: LabelledPrompts) -> None:
+    """Raises UserError where ``--sample-max-new-tokens`` is too few for the answers of the data."""
+    given = model.config.sample.max_new_tokens
+    if not len(data):
+        return
+    needed = max(len(tokens) - 1 for tokens in spell_answers(model, task, data, sorted(set(data.labels))))
+    if needed > given:
+        raise UserError(
+            f"--sample-max-new-tokens: {given} is too few for the answers of task {task.name}; expected at least {needed}"
+        )
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy answers: their texts, parsed labels (None: malformed), scores and mean reward."""
+    """Greedy answers: their texts, parsed labels (None: malformed), the labels scored for them, scores and mean reward."""
 
     texts: list[str]
-    predicted: list[int | None]
+    predicted: list[int | float | None]
+    scored: list[int | float | None]
     scores: dict[str, float]
     reward: float
 
@@ -105,18 +128,28 @@ def evaluate(
     model: ActorCritic, task: Task, data: LabelledPrompts, check: Callable[[], None] = lambda: None
 ) -> Evaluation:
     """Answer every prompt greedily and score the answers."""
-    answers = allowed_answers(model, task, data)
-    rollout = generate(model, data.prompts, 1, Sampling.greedy(model.config), seed=0, answers=answers, check=check)
+    config, answers = model.config, allowed_answers(model, task, data)
+    rollout = generate(model, data.prompts, 1, Sampling.greedy(config), seed=0, answers=answers, check=check)
     texts = [s.text for s in rollout.samples]
     predicted = [task.parse(text) for text in texts]
-    rewards = [answer_reward(g, p, model.config.reward) for g, p in zip(data.labels, predicted, strict=True)]
-    return Evaluation(texts, predicted, task.score(data.labels, predicted), sum(rewards) / len(rewards))
+    rewards = [
+        answer_reward(task, gold, said, text, config.reward)
+        for gold, said, text in zip(data.labels, predicted, texts, strict=True)
+    ]
+    scored = predicted
+    if config.fallback == "random":
+        draw = random.Random(config.seed)
+        scored = [task.guess(text, draw) if said is None else said for said, text in zip(predicted, texts, strict=True)]
+    scores = {**task.score(data.examples, scored), "malformed": predicted.count(None) / len(predicted)}
+    return Evaluation(texts, predicted, scored, scores, sum(rewards) / len(rewards))
 
 
 def with_interval(task: Task, data: LabelledPrompts, result: Evaluation, seed: int) -> dict[str, Any]:
-    """Scores with the bootstrap 95 % interval of MCC: what a stage's row in ``summary.json`` holds."""
-    low, high = task.interval(data.labels, result.predicted, seed)
-    return {**result.scores, "mcc_low": low, "mcc_high": high, "n": len(data)}
+    """Scores with the bootstrap 95 % intervals of the official metrics: what a stage's row in ``summary.json`` holds."""
+    row: dict[str, Any] = dict(result.scores)
+    for name, (low, high) in task.intervals(data.examples, result.scored, seed).items():
+        row |= {f"{name}_low": low, f"{name}_high": high}
+    return {**row, "n": len(data)}
 
 
 def read_adapter(adapter: Path) -> dict[str, Tensor]:
@@ -152,20 +185,23 @@ def open_run(run: Path, console: rich.console.Console) -> tuple[Config, Path]:
 
 
 def evaluate_run(
-    run: Path, data: str | None, split: str, limit: int | None, console: rich.console.Console
+    run: Path, data: str | None, split: str, limit: int | None, console: rich.console.Console, name: str | None = None
 ) -> dict[str, Any]:
-    """``fastppo eval``: the run's adapter on its own data or another set; prints one line and returns the scores."""
+    """``fastppo eval``: the run's adapter on its own data or another set; prints one line and returns the scores.
+
+    name: of another task than the run's, for its own data.
+    """
     config, adapter = open_run(run, console)
-    task = get_task(config.task)
+    task = get_task(config.task if name is None else name, config.template)
+    if task.name != config.task and data is None:
+        raise UserError(f"--task {task.name}: is not the run's task {config.task}; give its data with --data")
     dataset = load_data(task, data if data is not None else config.data, config.seed)
     examples = (dataset.dev if split == "dev" else dataset.train)[:limit]
+    if not examples:
+        raise UserError(f"--split {split}: task {task.name} has no {split} split")
     model = ActorCritic(load_base(config), config)
     load_adapter(model, adapter)
     encoded = encode(model, task, examples)
     row = with_interval(task, encoded, evaluate(model, task, encoded), config.seed)
-    line = (
-        f"{dataset.name} {split}: MCC {row['mcc']:z.3f} [{row['mcc_low']:z.3f}, {row['mcc_high']:z.3f}]  "
-        f"accuracy {row['accuracy']:.1%}  malformed {row['malformed']:.1%}  n {row['n']}"
-    )
-    console.print(Text(line), soft_wrap=True)
+    console.print(Text(f"{dataset.name} {split}: {shown(row)}  n {row['n']}"), soft_wrap=True)
     return row

@@ -97,7 +97,7 @@ def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, tuple[str, ...]
         UserError: a mistake in the data, or in the task's name.
     """
     allowed = Prompts.longest_allowed(sizes, config)
-    task, why = get_task(config.task), ""
+    task, why = get_task(config.task, config.template), ""
     on_disk = config.data is None or os.path.exists(os.path.expanduser(config.data))
     if not on_disk and not looks_like_path(str(config.data)):
         why = f"data {config.data!r} is not on this disk"

@@ -15,14 +15,16 @@ from rich.text import Text
 
 from fastppo.errors import printable
 from fastppo.files import JsonLines
+from fastppo.scores import TITLES, figure, with_intervals
 
-SHOWN = {  # the metrics on the progress line, in this order; metrics.jsonl has them all
+SHOWN = {  # the metrics on the progress line, in this order (valid: the task's first official one); metrics.jsonl has them all
     "loss": "loss {:.4f}",
     "reward": "reward {:+.3f}",
     "kl": "KL {:.4f}",
     "accuracy": "accuracy {:.3f}",
     "constrained_mass": "mass of the answers {:.3f}",
-    "valid_mcc": "held-out MCC {:.3f}",
+    "error": "error {:.3f}",
+    "valid": "held-out {title} {:.3f}",
     "samples_per_s": "{:.0f} samples/s",
 }
 STAGES = {"zero_shot": "zero-shot", "sft": "after SFT", "ppo": "after PPO"}
@@ -103,7 +105,10 @@ class Tracker:
             self.note(f"{self._stage} {n}/{self._total}  {line}")
 
     def _line(self, n: int, metrics: Mapping[str, Any]) -> str:
-        parts = [form.format(float(metrics[key])) for key, form in SHOWN.items() if metrics.get(key) is not None]
+        valid = next((name for name in metrics if name.startswith("valid_") and name != "valid_reward"), "")
+        title = TITLES.get(valid.removeprefix("valid_"))
+        values = {**metrics, "valid": metrics.get(valid)}
+        parts = [f.format(float(values[key]), title=title) for key, f in SHOWN.items() if values.get(key) is not None]
         if self._start < n < self._total:
             seconds = (time.monotonic() - self._began) / (n - self._start) * (self._total - n)
             parts.append(f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}")
@@ -134,16 +139,18 @@ class Tracker:
     def table(self, summary: Mapping[str, Any]) -> None:
         """Shows `summary["stages"]`: one row for each of zero_shot, sft and ppo that was run.
 
-        A stage has mcc, mcc_low, mcc_high, accuracy, malformed (fractions of 1), and `labels`, how many it has seen.
+        A stage has its metrics, each with `_low` and `_high`, malformed (a fraction of 1; accuracy too, where it is no metric
+        of the task), and `labels`, how many it has seen.
         """
         self._end_stage()
+        rows = {name: summary["stages"][name] for name in STAGES if name in summary["stages"]}
+        first: Mapping[str, Any] = next(iter(rows.values()), {})
+        names = with_intervals(first)
+        fractions = [name for name in ("accuracy", "malformed") if name in first and name not in names]
         table = Table("stage")
-        for heading in ("MCC [95 % interval]", "accuracy", "malformed", "labels seen"):
+        for heading in (*(f"{TITLES[name]} [95 % interval]" for name in names), *fractions, "labels seen"):
             table.add_column(Text(heading), justify="right")
-        for name, title in STAGES.items():
-            if name in summary["stages"]:
-                row = summary["stages"][name]
-                mcc = f"{row['mcc']:z.3f} [{row['mcc_low']:z.3f}, {row['mcc_high']:z.3f}]"
-                cells = (title, mcc, f"{row['accuracy']:.1%}", f"{row['malformed']:.1%}", f"{row['labels']:,}")
-                table.add_row(*map(Text, cells))
+        for stage, row in rows.items():
+            figures = [figure(row, name) for name in names] + [f"{row[name]:.1%}" for name in fractions]
+            table.add_row(*map(Text, (STAGES[stage], *figures, f"{row['labels']:,}")))
         self._console.print(table)

@@ -28,7 +28,7 @@ from fastppo.batch.rollout import MiniBatch, Rollout, Sample, pack_rollout
 from fastppo.budget import Prompts
 from fastppo.config import Config
 from fastppo.errors import Interrupted, UserError
-from fastppo.evaluate import LabelledPrompts, allowed_answers, encode, evaluate, with_interval
+from fastppo.evaluate import LabelledPrompts, allowed_answers, check_room, encode, evaluate, with_interval
 from fastppo.interrupt import Interruptible
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import load_base
@@ -38,7 +38,8 @@ from fastppo.rewards.rules import answer_reward
 from fastppo.rewards.stream import RewardStream
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo.rollout.trie import TokenTrie
-from fastppo.tasks import get_task, load_data
+from fastppo.scores import shown
+from fastppo.tasks import get_task_to_train, load_data
 from fastppo.track import Tracker
 
 # Streams of randomness, each drawn from (seed, stream, step): no generator state to save, nothing to drift on resuming.
@@ -48,7 +49,7 @@ PPO_PHASES = ("sample", "score", "estimate", "update")  # of ``seconds``: what s
 
 REAL_MODEL_HINT = (
     "using the built-in {what}; for a real one: "
-    "fastppo train --task {task} --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:cola"
+    "fastppo train --task {task} --model Qwen/Qwen2.5-0.5B --data {data}"
 )
 
 
@@ -191,7 +192,7 @@ class Trainer:
     def __init__(self, config: Config, run: Path, console: rich.console.Console, stop: Interruptible):
         self.config, self.run, self.console, self.stop = config, run, console, stop
         make_torch_repeatable()
-        self.task = get_task(config.task)
+        self.task = get_task_to_train(config.task, config.template)
         self.dataset = load_data(self.task, config.data, config.seed)
         self.model = ActorCritic(load_base(config), config)
         stop.check()
@@ -204,6 +205,7 @@ class Trainer:
         self.model.choose(Prompts.of([*self.train.prompts, *self.valid.prompts, *self.dev.prompts]))
         self.warm = self.train[: config.sft.examples]
         self.allowed = allowed_answers(self.model, self.task, self.train)
+        check_room(self.model, self.task, self.train)
         self.state = State(kl_coef=config.ppo.kl_coef, fingerprint=self._fingerprint())
         self._new_optimizer()
         self.best = self.model.state()
@@ -286,7 +288,7 @@ class Trainer:
             trees = [part.tree for mini in done.minibatches for part in mini.parts]
             metrics = done.metrics | {
                 "reward": float(np.mean(rewards)),
-                "accuracy": float(np.mean([p == g for p, g in zip(predicted, gold, strict=True)])),
+                **self._closeness(gold, predicted),
                 "malformed": float(np.mean([p is None for p in predicted])),
                 "length": float(np.mean([len(s.tokens) for s in done.rollout.samples])),
                 "sampler_gap": estimates.sampler_gap,
@@ -309,7 +311,14 @@ class Trainer:
     def _reward(self, gold: list[Any], predicted: list[Any], index: int, sample: Sample) -> float:
         """The reward of a sample of a rollout; what its answer says is put into ``predicted``."""
         predicted[index] = self.task.parse(sample.text)
-        return answer_reward(gold[index], predicted[index], self.config.reward)
+        return answer_reward(self.task, gold[index], predicted[index], sample.text, self.config.reward)
+
+    def _closeness(self, gold: list[Any], predicted: list[Any]) -> dict[str, float]:
+        """Fraction of right answers; of numbers the mean error of those that are one, if any."""
+        if self.task.span is None:
+            return {"accuracy": float(np.mean([p == g for p, g in zip(predicted, gold, strict=True)]))}
+        errors = [abs(p - g) for p, g in zip(predicted, gold, strict=True) if p is not None]
+        return {"error": float(np.mean(errors))} if errors else {}
 
     # -- what the stages share ----------------------------------------------------------------------------------------
 
@@ -347,11 +356,8 @@ class Trainer:
         if self.state.best_reward is None or result.reward > self.state.best_reward:
             self.state.best_reward = result.reward
             self._keep_best()
-        return {
-            "valid_reward": result.reward,
-            "valid_mcc": result.scores["mcc"],
-            "valid_accuracy": result.scores["accuracy"],
-        }
+        scores = {f"valid_{name}": value for name, value in result.scores.items() if name not in ("malformed", "n")}
+        return {"valid_reward": result.reward, **scores}
 
     def _keep_best(self) -> None:
         self.best, self.state.best_step = self.model.state(), self.state.step
@@ -370,10 +376,7 @@ class Trainer:
                 result = evaluate(self.model, self.task, self.dev, self.stop.check)
                 row = with_interval(self.task, self.dev, result, self.config.seed)
             self.state.stages[name] = {**row, "labels": labels}
-            self.tracker.note(
-                f"{name}: MCC {row['mcc']:z.3f} [{row['mcc_low']:z.3f}, {row['mcc_high']:z.3f}]  "
-                f"accuracy {row['accuracy']:.1%}  malformed {row['malformed']:.1%}"
-            )
+            self.tracker.note(f"{name}: {shown(row)}")
         if name == "sft" or following == "done":
             self._save_adapter()
         self.state.stage, self.state.step = following, 0
@@ -479,7 +482,7 @@ class Trainer:
         config, note = self.config, self.tracker.note
         builtin = [what for what, given in (("model", config.model), ("corpus", config.data)) if given is None]
         if builtin:
-            note(REAL_MODEL_HINT.format(what=" and ".join(builtin), task=config.task))
+            note(REAL_MODEL_HINT.format(what=" and ".join(builtin), task=config.task, data=":".join(self.task.hub)))
         note(
             f"run {self.run}: {len(self.dataset.train):,} train rows ({len(self.warm):,} for SFT, {len(self.train):,} for PPO, "
             f"{len(self.valid):,} held out to choose the checkpoint), {len(self.dev):,} dev rows"

@@ -20,6 +20,10 @@ from fastppo.interrupt import Interruptible
 REPO = Path(__file__).resolve().parents[1]
 
 
+def without_console(args: tuple[Any, ...]) -> list[Any]:
+    return [arg for arg in args if not hasattr(arg, "print")]
+
+
 @pytest.fixture
 def calls(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
     """Puts stand-ins in the place of the engine's modules; what was called, without the console. In an empty folder."""
@@ -32,7 +36,7 @@ def calls(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
     ):
         stand_in = types.ModuleType(f"fastppo.{module}")
         for function in functions:
-            setattr(stand_in, function, lambda *args, name=function: made.append((name, *args[:-1])))
+            setattr(stand_in, function, lambda *args, name=function: made.append((name, *without_console(args))))
         monkeypatch.setitem(sys.modules, f"fastppo.{module}", stand_in)
         monkeypatch.setattr(fastppo, module, stand_in, raising=False)
     return made
@@ -108,11 +112,11 @@ def test_resume_passes_only_what_was_given(calls):
 def test_eval_and_export(calls):
     run = a_run()
     assert cli.main(["eval", "r"]) == 0
-    assert cli.main("eval r --data d --split train --limit 7".split()) == 0
+    assert cli.main("eval r --task axb --data d --split train --limit 7".split()) == 0
     assert cli.main("export r --to out --merged".split()) == 0
     assert calls == [
-        ("evaluate_run", run, None, "dev", None),
-        ("evaluate_run", run, "d", "train", 7),
+        ("evaluate_run", run, None, "dev", None, None),
+        ("evaluate_run", run, "d", "train", 7, "axb"),
         ("export_run", run, Path("out"), True),
     ]
 

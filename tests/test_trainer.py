@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from small import adapter, leftovers, lines, outcome, ppo_steps, write_rows
 from tiny import save_tiny_model
 
 from fastppo import checkpoint, config, trainer
-from fastppo.evaluate import Evaluation
 from fastppo.model.backbone import Backbone
 
 STAGE_FIELDS = {"mcc", "mcc_low", "mcc_high", "accuracy", "malformed", "n", "labels"}
@@ -271,7 +271,7 @@ def scripted(monkeypatch, rewards):
             return result
         seen.append({name: p.detach().clone() for name, p in model.adapter_tensors("policy").items()})
         reward = rewards[len(seen) - 1]
-        return Evaluation(result.texts, result.predicted, {**result.scores, "mcc": -reward}, reward)
+        return replace(result, scores={**result.scores, "mcc": -reward}, reward=reward)
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     return seen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,12 +15,16 @@ from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.out_of_memory import with_less_memory
 from fastppo.rollout.decoder import make_decoder
 from fastppo.rollout.trie import TokenTrie
+from fastppo.tasks.task import CLOSING
 from fastppo_kernels import sample, token_logprob
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. temperature 0 is greedy (log-probs are then at temperature 1)."""
+    """How to sample. temperature 0 is greedy (log-probs are then at temperature 1).
+
+    Texts that end an answer: those of ``stop`` are cut off it, ``closing`` ("": none) stays its last.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -28,16 +32,17 @@ class Sampling:
     max_new_tokens: int = 4
     stop: tuple[str, ...] = ()
     slots: int = 512
+    closing: str = ""
 
     @staticmethod
     def of(config: Config) -> Sampling:
         s = config.sample
-        return Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, s.stop, s.slots)
+        closing = CLOSING if config.template == "tagged" else ""
+        return Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, s.stop, s.slots, closing)
 
     @staticmethod
     def greedy(config: Config) -> Sampling:
-        s = config.sample
-        return Sampling(0.0, 0, 1.0, s.max_new_tokens, s.stop, s.slots)
+        return replace(Sampling.of(config), temperature=0.0, top_k=0, top_p=1.0)
 
 
 @dataclass
@@ -182,10 +187,12 @@ def _finish(
 ) -> tuple[str | None, str]:
     """Why the answer ended, or None; and its text."""
     ended = tokens[-1] in eos
-    if not ended and not sampling.stop and len(tokens) < sampling.max_new_tokens:
+    if not ended and not sampling.stop and not sampling.closing and len(tokens) < sampling.max_new_tokens:
         return None, ""
     text = str(tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=False))
     cuts = [text.index(stop) for stop in sampling.stop if stop in text]
+    if sampling.closing and sampling.closing in text:
+        cuts.append(text.index(sampling.closing) + len(sampling.closing))
     if cuts:
         return "stop", text[: min(cuts)]
     if ended:

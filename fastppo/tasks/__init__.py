@@ -3,15 +3,27 @@
 from fastppo.errors import UserError
 from fastppo.tasks.cola import COLA
 from fastppo.tasks.data import Dataset, load_data
-from fastppo.tasks.task import Example, Task
+from fastppo.tasks.example import Example
+from fastppo.tasks.task import Task
 
-__all__ = ["TASKS", "Dataset", "Example", "Task", "get_task", "load_data"]
+__all__ = ["TASKS", "Dataset", "Example", "Task", "get_task", "get_task_to_train", "load_data"]
 
-TASKS = {task.name: task for task in (COLA,)}
+TASKS: dict[str, Task] = {task.name: task for task in (COLA,)}
 
 
-def get_task(name: str) -> Task:
-    """The task of that name. Raises UserError, listing the known names."""
+def get_task(name: str, template: str = "short") -> Task:
+    """The task of that name, asked with the prompt ``short`` or ``tagged``. Raises UserError, listing the known names."""
     if name not in TASKS:
         raise UserError(f"task {name!r} is not known: choose from {', '.join(sorted(TASKS))}")
-    return TASKS[name]
+    return TASKS[name].with_template(template)
+
+
+def get_task_to_train(name: str, template: str = "short") -> Task:
+    """The same, for training. Raises UserError for a diagnostic set too, which has no train split."""
+    task = get_task(name, template)
+    if task.train_on:
+        raise UserError(
+            f"task {name} is a diagnostic set without a train split: train on {task.train_on}, then "
+            f"fastppo eval RUN --task {name} --data DATA"
+        )
+    return task

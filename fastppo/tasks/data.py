@@ -3,13 +3,14 @@
 import os
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastppo.errors import Interrupted, UserError
-from fastppo.tasks.read import LABEL, READERS, find_columns, make_example, read_file, show, show_line
-from fastppo.tasks.task import Example, Task
+from fastppo.tasks.example import Example
+from fastppo.tasks.read import LABEL, READERS, find_columns, make_examples, read_file, show, show_line
+from fastppo.tasks.task import Task
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val")}
 """The names under which data sets have their two splits."""
@@ -23,7 +24,7 @@ PATH_SUFFIXES = {*READERS, ".json", ".txt", ".xlsx", ".arrow", ".gz", ".zip"}
 
 @dataclass(frozen=True)
 class Dataset:
-    """The two splits of a task's data, none empty, every example with a label."""
+    """The two splits of a task's data, every example with a label; none empty, but for train of a diagnostic set."""
 
     train: list[Example]
     dev: list[Example]
@@ -48,9 +49,24 @@ def load_data(task: Task, data: str | None = None, seed: int = 0) -> Dataset:
     """Load what ``--data`` names.
 
     None is the built-in corpus; otherwise a folder with a train and a dev file, a single file (10 % of which, drawn
-    with ``seed``, become the dev split), or ``name`` or ``name:config`` of a data set on the hub. Raises UserError, one
-    line naming the file and row or the data set, for whatever cannot be loaded.
+    with ``seed``, become the dev split, examples of one group together), or ``name`` or ``name:config`` of a data set on
+    the hub. What a task trains on only a part of is drawn with ``seed`` too. Of a diagnostic set all is dev.
+    Raises UserError, one line naming the file and row or the data set, for whatever cannot be loaded.
     """
+    loaded = _load(task, data, seed)
+    if task.training is None or not loaded.train:
+        return loaded
+    drawn = task.training(loaded.train, random.Random(seed))
+    count = f"{len(drawn):,} of {len(loaded.train):,}"
+    note = f"train: {count} examples, a right and a wrong one of each query, drawn with seed {seed}"
+    return replace(loaded, train=drawn, note=_joined(loaded.note, note))
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _load(task: Task, data: str | None, seed: int) -> Dataset:
     if data is None:
         return _load_builtin(task)
     path = Path(os.path.expanduser(data))
@@ -81,6 +97,11 @@ def looks_like_path(data: str) -> bool:
 
 
 def _load_builtin(task: Task) -> Dataset:
+    if task.name != "cola":
+        raise UserError(
+            f"task {task.name} has no built-in data: give --data a folder with its train and dev files "
+            f"({' '.join(READERS)}), one such file, or a hub name such as {':'.join(task.hub)}"
+        )
     from fastppo.builtin.corpus import build_corpus
 
     train, dev = (
@@ -98,30 +119,60 @@ def _load_folder(task: Task, folder: Path, name: str) -> Dataset:
         present = sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f"{show(folder)}: cannot be read: {error.strerror or error}") from None
-    train, dev = (
-        [example for file in _find_split(folder, present, split, stems) for example in read_file(task, folder / file)]
-        for split, stems in SPLITS.items()
-    )
-    return Dataset(train, dev, "folder", name)
+    damaged: list[str] = []
+    found: dict[str, list[Example]] = {"train": []}
+    for split in ("dev",) if task.train_on else SPLITS:
+        names = _names(task, split)
+        files = {section: _find_split(folder, present, split, choices) for section, choices in names.items()}
+        if not any(files.values()):
+            endings = ", ".join(READERS)
+            raise UserError(f"{show(folder)}: no {split} split: looked for {_shown(names)} with the ending {endings}")
+        found[split] = [example for file in files[""] for example in read_file(task, folder / file, damaged)]
+        for section in () if files[""] else task.sections:
+            for file in files[section]:
+                found[split] += _in_section(read_file(task, folder / file, damaged), section)
+    return Dataset(found["train"], found["dev"], "folder", name, _note_damaged(damaged))
 
 
-def _find_split(folder: Path, present: list[str], split: str, stems: tuple[str, ...]) -> list[str]:
-    """The file of a split, or its parts as the hub cuts them (``train-00000-of-00002.parquet``)."""
+def _names(task: Task, split: str) -> dict[str, list[tuple[str, ...]]]:
+    """Names of a split, best first, those beside each other equally good: of all of it (""), and of the sections of dev."""
+    sections = {s: [tuple(f"{stem}_{s}" for stem in SPLITS[split])] for s in task.sections if split == "dev"}
+    return {"": [SPLITS[split], *((stem,) for stem in task.files.get(split, ()))], **sections}
+
+
+def _shown(names: dict[str, list[tuple[str, ...]]]) -> str:
+    return ", ".join(stem for choices in names.values() for stems in choices for stem in stems)
+
+
+def _in_section(examples: list[Example], section: str) -> list[Example]:
+    return [replace(example, group=section) for example in examples]
+
+
+def _note_damaged(damaged: list[str]) -> str:
+    """One line that names the rows that were left out."""
+    if not damaged:
+        return ""
+    more = f", and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+    return f"left out {len(damaged)} damaged row{'s' * (len(damaged) != 1)}: {'; '.join(damaged[:3])}{more}"
+
+
+def _find_split(folder: Path, present: list[str], split: str, choices: list[tuple[str, ...]]) -> list[str]:
+    """The file of a split, or its parts as the hub cuts them (``train-00000-of-00002.parquet``); [] if there is none."""
+    found = (_find_file(folder, present, split, stems) for stems in choices)
+    return next(filter(None, found), [])
+
+
+def _find_file(folder: Path, present: list[str], split: str, stems: tuple[str, ...]) -> list[str]:
     endings = "|".join(map(re.escape, READERS))
-    whole = [file for file in present if re.fullmatch(f"({'|'.join(stems)})({endings})", file)]
+    names = "|".join(map(re.escape, stems))
+    whole = [file for file in present if re.fullmatch(f"({names})({endings})", file)]
     if len(whole) > 1:
         raise UserError(f"{show(folder)}: more than one {split} split: {', '.join(whole)}: keep one of them")
     if whole:
         return whole
-    parts = [
-        match
-        for file in present
-        if (match := re.fullmatch(rf"({'|'.join(stems)})-\d{{5}}-of-(\d{{5}})\.parquet", file))
-    ]
+    parts = [match for file in present if (match := re.fullmatch(rf"({names})-\d{{5}}-of-(\d{{5}})\.parquet", file))]
     if not parts:
-        raise UserError(
-            f"{show(folder)}: no {split} split: looked for {', '.join(stems)} with the ending {', '.join(READERS)}"
-        )
+        return []
     found, (stem, total) = [part[0] for part in parts], parts[0].groups()
     if found != [f"{stem}-{part:05d}-of-{total}.parquet" for part in range(int(total))]:
         raise UserError(f"{show(folder)}: parts of the {split} split do not make a whole: found {', '.join(found)}")
@@ -129,15 +180,23 @@ def _find_split(folder: Path, present: list[str], split: str, stems: tuple[str, 
 
 
 def _load_file(task: Task, path: Path, name: str, seed: int) -> Dataset:
-    examples = read_file(task, path)
-    if len(examples) < 2:
-        raise UserError(f"{show(path)}: has 1 row: need at least 2, one of them for the dev split")
-    size = max(1, round(DEV_SHARE * len(examples)))
-    chosen = set(random.Random(seed).sample(range(len(examples)), size))
+    damaged: list[str] = []
+    examples = read_file(task, path, damaged)
+    if task.train_on:
+        return Dataset([], examples, "file", name)
+    units: dict[object, list[int]] = {}  # what is scored together stays together
+    for i, example in enumerate(examples):
+        units.setdefault(example.group or i, []).append(i)
+    if len(units) < 2:
+        what = "row" if len(examples) == 1 else "group of rows that are scored together"
+        raise UserError(f"{show(path)}: has 1 {what}: need at least 2, one of them for the dev split")
+    of_unit = list(units.values())
+    size = max(1, round(DEV_SHARE * len(of_unit)))
+    chosen = {i for unit in random.Random(seed).sample(range(len(of_unit)), size) for i in of_unit[unit]}
     train = [example for i, example in enumerate(examples) if i not in chosen]
     dev = [example for i, example in enumerate(examples) if i in chosen]
     note = f"{path.name} is one file: {len(dev)} of its {len(examples)} rows, drawn with seed {seed}, are the dev split"
-    return Dataset(train, dev, "file", name, note)
+    return Dataset(train, dev, "file", name, _joined(note, _note_damaged(damaged)))
 
 
 def _load_hub(task: Task, name: str) -> Dataset:
@@ -151,7 +210,8 @@ def _load_hub(task: Task, name: str) -> Dataset:
     hub_logging.set_verbosity_error()  # without a network its retries log a dozen lines in front of the error
     try:
         splits = datasets.load_dataset(repository, config or None)
-        train, dev = (_read_hub_split(task, name, splits, split) for split in SPLITS)
+        dev = _read_hub_split(task, name, splits, "dev")
+        train = [] if task.train_on else _read_hub_split(task, name, splits, "train")
     except (Interrupted, UserError):
         raise
     except Exception as error:  # of a network, a remote service and other people's files: no list of causes is complete
@@ -165,25 +225,35 @@ def _load_hub(task: Task, name: str) -> Dataset:
 
 
 def _read_hub_split(task: Task, name: str, splits: Any, split: str) -> list[Example]:
-    found = [candidate for candidate in SPLITS[split] if candidate in splits]
+    names = _names(task, split)
+    whole = [stem for stems in names[""] for stem in stems if stem in splits][:1]
+    found = {stem: "" for stem in whole} or {
+        stem: section for section in task.sections for stems in names.get(section, ()) for stem in stems if stem in splits
+    }
     if not found:
-        raise UserError(
-            f"data {name!r}: no {split} split: looked for {', '.join(SPLITS[split])}, found {', '.join(splits)}"
-        )
-    table = splits[found[0]]
-    where = f"{name} {found[0]}"
+        raise UserError(f"data {name!r}: no {split} split: looked for {_shown(names)}, found {', '.join(splits)}")
+    examples = []
+    for stem, section in found.items():
+        part = _read_hub_table(task, name, splits[stem], stem)
+        examples += _in_section(part, section) if section else part
+    return examples
+
+
+def _read_hub_table(task: Task, name: str, table: Any, stem: str) -> list[Example]:
+    where = f"{name} {stem}"
     names = list(table.column_names)
     columns = {column: names[index] for column, index in find_columns(task, names, where).items()}
     # A data set may number the same classes in another order, so names are believed before numbers.
-    classes = getattr(table.features[columns[LABEL]], "names", [])
+    classes = getattr(table.features[columns[LABEL]], "names", []) if LABEL in columns else []
     if not any(task.label_id(label) is not None for label in classes):
         classes = []
     examples = []
     for number, row in enumerate(table.select_columns(list(columns.values())), 1):
         values = {column: row[source] for column, source in columns.items()}
-        if isinstance(values[LABEL], int) and 0 <= values[LABEL] < len(classes):
-            values[LABEL] = classes[values[LABEL]]
-        examples.append(make_example(task, values, f"{where}:{number}", f"{found[0]}:{number}"))
+        label = values.get(LABEL)
+        if isinstance(label, int) and 0 <= label < len(classes):
+            values[LABEL] = classes[label]
+        examples += make_examples(task, values, where, stem, number)
     if not examples:
-        raise UserError(f"data {name!r}: the {found[0]} split is empty: every split needs at least one row")
+        raise UserError(f"data {name!r}: the {stem} split is empty: every split needs at least one row")
     return examples

@@ -7,34 +7,80 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastppo.errors import UserError
-from fastppo.tasks.task import Example, Task
+from fastppo.tasks.example import Example
+from fastppo.tasks.task import Task, Values
 
 LABEL = "label"
+GROUP, PART = "group", "part"
+"""Columns that a task's ``expand`` may add: see `Example.group`, and what tells the examples of one row apart in messages."""
 
-Row = tuple[int, dict[str, object]]
-"""Number of a row (the line it starts on, from 1; in Parquet the row) and its values by column."""
+DAMAGED_SHARE = 0.01
+"""Part of a file's rows that may be damaged where the task's own files are known to be so."""
+
+Row = tuple[int, Values | UserError]
+"""Number of a row (the line it starts on, from 1; in Parquet the row), and its values by column or what is wrong with it."""
 
 
-def read_file(task: Task, path: Path) -> list[Example]:
+def read_file(task: Task, path: Path, damaged: list[str] | None = None) -> list[Example]:
     """All rows of a TSV (quotes are plain characters), CSV, JSONL or Parquet file, in order, every one with its label.
 
     TSV and CSV are UTF-8 with or without BOM, LF or CRLF. Raises UserError for a file that cannot be read, a malformed
-    row, a label outside the task, and a file without rows.
+    row, a label outside the task, and a file without rows. Where the task's files are known to have damaged rows, these are
+    left out, and what is wrong with each is put into ``damaged``; they may be one in a hundred.
     """
     if path.suffix.lower() not in READERS:
         raise UserError(f"{show(path)}: unsupported file type {path.suffix!r}: use {' '.join(READERS)}")
     rows = READERS[path.suffix.lower()](task, path)
-    examples = [
-        make_example(task, values, where=f"{show(path)}:{number}", origin=f"{path.name}:{number}")
-        for number, values in rows
-    ]
+    examples: list[Example] = []
+    wrong: list[UserError] = []
+    for number, values in rows:
+        try:
+            if isinstance(values, UserError):
+                raise values
+            examples += make_examples(task, values, show(path), path.name, number)
+        except UserError as error:
+            wrong.append(error)
+            if not task.drops_damaged or len(wrong) > DAMAGED_SHARE * len(rows):
+                raise wrong[0] from None
     if not examples:
         raise UserError(f"{show(path)}: empty, no rows: every split needs at least one")
+    if damaged is not None:
+        damaged += [str(error) for error in wrong]
     return examples
 
 
-def make_example(task: Task, values: dict[str, object], where: str, origin: str) -> Example:
-    """Check the raw values of one row. ``where`` names the row in errors, ``origin`` in the example."""
+def make_examples(task: Task, values: Values, where: str, origin: str, number: int) -> list[Example]:
+    """The examples of row ``number`` of a file or split, which errors call ``where`` and examples ``origin``."""
+    where, origin = f"{where}:{number}", f"{origin}:{number}"
+    if task.expand is None:
+        return [make_example(task, values, where, origin)]
+    try:
+        parts = task.expand(values, str(number))
+    except ValueError as error:
+        raise UserError(f"{where}: malformed row: {show_line(error)}") from None
+    examples = []
+    for part in parts:
+        suffix = f" {part[PART]}" if PART in part else ""
+        named = _named(task, part, where + suffix)
+        examples.append(make_example(task, named, where + suffix, origin + suffix, str(part.get(GROUP, ""))))
+    return examples
+
+
+def _named(task: Task, values: Values, where: str) -> Values:
+    """The columns that the task needs, by its own names for them."""
+    named = {}
+    for column in (*task.slots, LABEL):
+        present = [name for name in task.columns_of(column) if name in values]
+        if not present:
+            raise UserError(
+                f"{where}: malformed row: no field {column!r}: need {_needed(task)}, found {show_value(', '.join(values))}"
+            )
+        named[column] = values[present[0]]
+    return named
+
+
+def make_example(task: Task, values: Values, where: str, origin: str, group: str = "") -> Example:
+    """Check the values of one example. ``where`` names it in errors, ``origin`` in the example."""
     fields = {}
     for slot in task.slots:
         text = values.get(slot)
@@ -57,20 +103,26 @@ def make_example(task: Task, values: dict[str, object], where: str, origin: str)
             f"{where}: label {'is missing' if given is None else show_value(given)}, "
             f"task {task.name} allows {task.label_spellings()}"
         )
-    return Example(fields, label, origin)
+    return Example(fields, label, origin, group)
 
 
 def find_columns(task: Task, names: Iterable[str], where: str) -> dict[str, int]:
-    """Position of each column that the task needs, by name in any case. Raises UserError if one is not there once."""
+    """Position of each column that the task needs, by name in any case; of all columns where rows are expanded.
+
+    Raises UserError if one is not there once.
+    """
     names = [name.strip().lower() for name in names]
+    if task.expand is not None:
+        return {name: index for index, name in enumerate(names)}
     columns = {}
     for column in (*task.slots, LABEL):
-        if names.count(column) != 1:
-            found = "no column" if column not in names else "more than one column"
-            hint = " (an unlabelled test file?)" if column == LABEL and column not in names else ""
+        places = [index for index, name in enumerate(names) if name in task.columns_of(column)]
+        if len(places) != 1:
+            found = "more than one column" if places else "no column"
+            hint = " (an unlabelled test file?)" if column == LABEL and not places else ""
             shown = show_value(", ".join(names))
             raise UserError(f"{where}: {found} {column!r}{hint}: need {_needed(task)} once each, found {shown}")
-        columns[column] = names.index(column)
+        columns[column] = places[0]
     return columns
 
 
@@ -97,27 +149,33 @@ def _read_tsv(task: Task, path: Path) -> list[Row]:
         return []
     first = lines[0].split("\t")
     if _has_header(task, first):
-        columns, width, start = find_columns(task, first, f"{show(path)}:1"), len(first), 1
-        expected = f"{width} as in the header"
+        columns, start = find_columns(task, first, f"{show(path)}:1"), 1
+        widths = range(len(first), len(first) + 1)
+        expected = f"{len(first)} as in the header"
     else:
-        columns, width, start = find_columns(task, task.tsv_columns, show(path)), len(task.tsv_columns), 0
-        expected = f"{width} ({', '.join(task.tsv_columns)}), or a header line naming {_needed(task)}"
+        columns, start = find_columns(task, task.tsv_columns, show(path)), 0
+        widths = range(len(task.tsv_columns), len(task.tsv_columns) + task.tsv_extra + 1)
+        expected = f"{widths[0]} ({', '.join(task.tsv_columns)}), or a header line naming {_needed(task)}"
     rows: list[Row] = []
     for number, line in enumerate(lines[start:], start + 1):
         cells = line.split("\t")
-        if len(cells) != width:
+        if len(cells) in widths:
+            rows.append((number, {column: cells[index] for column, index in columns.items()}))
+        else:
             found = "is blank" if not line.strip() else f"has {len(cells)} column{'s' * (len(cells) != 1)}"
-            raise UserError(f"{show(path)}:{number}: malformed row: {found}, must have {expected}")
-        rows.append((number, {column: cells[index] for column, index in columns.items()}))
+            rows.append((number, UserError(f"{show(path)}:{number}: malformed row: {found}, must have {expected}")))
     return rows
 
 
 def _has_header(task: Task, cells: list[str]) -> bool:
     """Whether the first line of a TSV names columns. With a label in the label column it is a row, whatever it says."""
+    if not task.tsv_columns:
+        return True
     by_column = dict(zip(task.tsv_columns, cells, strict=False))
     if len(cells) == len(task.tsv_columns) and task.label_id(by_column.get(LABEL)) is not None:
         return False
-    return bool({*task.slots, LABEL} & {cell.strip().lower() for cell in cells})
+    known = {name for column in (*task.slots, LABEL) for name in task.columns_of(column)}
+    return bool(known & {cell.strip().lower() for cell in cells})
 
 
 def _read_csv(task: Task, path: Path) -> list[Row]:
@@ -159,13 +217,7 @@ def _read_jsonl(task: Task, path: Path) -> list[Row]:
             raise UserError(f"{where}: malformed row: not JSON ({show(str(error))}): {show_value(line)}") from None
         if not isinstance(value, dict):
             raise UserError(f"{where}: malformed row: must be an object with {_needed(task)}, is {show_value(value)}")
-        for column in (*task.slots, LABEL):
-            if column not in value:
-                raise UserError(
-                    f"{where}: malformed row: no field {column!r}: need {_needed(task)}, found "
-                    f"{show_value(', '.join(value))}"
-                )
-        rows.append((number, value))
+        rows.append((number, value if task.expand is not None else _named(task, value, where)))
     return rows
 
 

@@ -1,67 +1,139 @@
 """A task: how an example becomes a prompt, how an answer becomes a label again, and how answers are scored."""
 
+import math
+import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from fastppo.tasks import metrics
+from fastppo.tasks import metrics as scoring
+from fastppo.tasks.example import Example
 
+OPENING, CLOSING = "<answer>", "</answer>"
+"""The tags of tagged prompts: the first ends the prompt, the second ends the answer."""
 
-@dataclass(frozen=True)
-class Example:
-    """One row of a data set. ``fields`` holds at least the task's slots; ``label`` is None where it is not known."""
-
-    fields: dict[str, str]
-    label: int | None
-    origin: str
-    """Where it stands, for messages: ``train.tsv:17`` is line 17 of that file."""
+Values = dict[str, object]
+"""What one row of a data file holds, by column."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """A classification task with a closed set of answer words."""
+    """A task whose answer is one of a few words (``labels``) or a number (``span``)."""
 
     name: str
     template: str
     """The prompt, with ``{slot}`` where a field of the example goes; other braces are plain text."""
     slots: tuple[str, ...]
     """The fields of an example that the template takes, which are also their column names in data files."""
-    labels: tuple[str, ...]
-    """The answer word of each label id."""
-    label_names: tuple[str, ...]
+    tagged: str = ""
+    """The prompt of ``--template tagged``; it ends with the opening tag."""
+    closing: str = ""
+    """The text that ends an answer and belongs to it; "" where the end token alone does."""
+    labels: tuple[str, ...] = ()
+    """The answer word of each label id, in lower case. The ids are those of the hub's data sets: files there hold bare ids."""
+    label_names: tuple[str, ...] = ()
     """What data sets call each label id."""
-    tsv_columns: tuple[str, ...]
-    """The columns of the data set's own TSV where that has no header."""
+    span: tuple[float, float] | None = None
+    """Lowest and highest number of a task whose answers are numbers; None for words."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """Names of its official metrics in `fastppo.tasks.metrics.METRICS`; the first is the one to look at."""
     hub: tuple[str, str]
     """Name and configuration of the data set on the Hugging Face hub."""
+    tsv_columns: tuple[str, ...] = ()
+    """The columns of the data set's own TSV where that has no header; () where it has one."""
+    tsv_extra: int = 0
+    """How many columns more a row without header may have, at its end."""
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Other names of the columns, in lower case: of slots, and of ``label``."""
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of its files for ``train`` and ``dev`` where the usual ones are not there."""
+    sections: tuple[str, ...] = ()
+    """Parts of the dev split with a file each, ``dev_SECTION``: the ``group`` of their examples."""
+    expand: Callable[[Values, str], list[Values]] | None = None
+    """The examples' columns (``group`` and ``part`` too) from one row and its number. Raises ValueError for a damaged row."""
+    training: Callable[[list[Example], random.Random], list[Example]] | None = None
+    """Draws from the examples of the train split those that are trained on."""
+    train_on: str = ""
+    """Of a diagnostic set, which has no train split: the task that its policy was trained on."""
+    drops_damaged: bool = False
+    """Its own files are known to have damaged rows: few of them are left out, with a notice."""
+    wordless_is_wrong: bool = False
+    """With the rewards of `code`, a closed answer without any answer word is wrong, not malformed."""
+
+    def with_template(self, template: str) -> "Task":
+        """The same task asked with the prompt ``short`` or ``tagged``."""
+        return self if template == "short" else replace(self, template=self.tagged, closing=CLOSING)
 
     def prompt(self, example: Example) -> str:
         """The prompt of an example. Fields are untrusted: they go in as they are, and are not searched for slots."""
         slots = "|".join(map(re.escape, self.slots))
         return re.sub(f"{{({slots})}}", lambda slot: example.fields[slot[1]], self.template)
 
-    def answer(self, label: int) -> str:
-        """The text that follows the prompt when ``label`` is right, with the space before it and no end of text."""
-        return " " + self.labels[label]
+    def answer(self, label: int | float) -> str:
+        """The text that follows the prompt when ``label`` is right, as it is taught: a word or, of a number, one decimal.
 
-    def parse(self, text: str) -> int | None:
-        """Label id of a generated answer: an answer word in any case, with or without space around it and a full stop
-        after it. None (malformed) for everything else, so that a reward cannot be had by listing every answer."""
+        It begins with the space that follows a prompt, or ends with the closing tag.
+        """
+        text = self.labels[int(label)] if self.span is None else f"{label:.1f}"
+        return text + self.closing if self.closing else " " + text
+
+    def parse(self, text: str) -> int | float | None:
+        """What a generated answer says: a label id, or a number, which may lie outside ``span``. None: malformed.
+
+        Without tags the whole answer must be an answer word in any case or a number, with or without space around it and
+        a full stop after it. With tags, what counts is the text before the first closing tag: it must be there, and hold
+        exactly one of the answer words, in any case; or a number, of which the first with a decimal point counts, else the
+        first. None for everything else, so that a reward cannot be had by listing every answer.
+        """
+        if self.closing:
+            found = self.found(text)
+            return found[0] if found is not None and len(found) == 1 else None
         word = text.strip().removesuffix(".").lower()
+        if self.span is not None:
+            return _number(word) if re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", word) else None
         return self.labels.index(word) if word in self.labels else None
 
-    def label_id(self, value: object) -> int | None:
-        """Label id of what a data file has as a label: the id (1, 1.0, "1"), the answer word or the name; else None."""
+    def found(self, text: str) -> list[int] | list[float] | None:
+        """The different labels that an answer names before its closing tag, in order (a number is at most one); None without
+        the tag."""
+        answer, closed, _ = text.partition(self.closing)
+        return self._named(answer) if closed else None
+
+    def _named(self, text: str) -> list[int] | list[float]:
+        if self.span is not None:
+            number = re.search(r"[+-]?[0-9]+\.[0-9]+", text) or re.search(r"[+-]?[0-9]+", text)
+            value = _number(number[0]) if number else None
+            return [] if value is None else [value]
+        words = re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, self.labels))})(?!\w)", text.lower())
+        return [self.labels.index(word) for word in dict.fromkeys(words)]
+
+    def guess(self, text: str, draw: random.Random) -> int | float:
+        """A label for an answer that ``parse`` refuses: the first that it names anywhere, else one drawn evenly."""
+        named = self._named(text)
+        if named:
+            return named[0]
+        return draw.randrange(len(self.labels)) if self.span is None else draw.uniform(*self.span)
+
+    def label_id(self, value: object) -> int | float | None:
+        """The label that a data file's value stands for, or None: of a class the id (1, 1.0, "1"), the answer word or the
+        name; of a number itself, within ``span``."""
         if isinstance(value, str):
             text = value.strip().lower()
-            if re.fullmatch(r"[0-9]+\.0+", text):  # a column of integers that went through pandas with a gap in it
+            if self.span is None and re.fullmatch(r"[0-9]+\.0+", text):  # integers that went through pandas with a gap in them
                 text = text.partition(".")[0]
+        elif isinstance(value, bool):
+            text = str(value).lower()
         elif isinstance(value, float) and value.is_integer():
             text = str(int(value))
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int):
             text = str(value)
+        elif isinstance(value, float) and self.span is not None:
+            text = repr(value)
         else:
             return None
+        if self.span is not None:
+            number = _number(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else None
+            return number if number is not None and self.span[0] <= number <= self.span[1] else None
         for label, spellings in enumerate(zip(self.labels, self.label_names, strict=True)):
             if text in (str(label), *spellings):
                 return label
@@ -69,13 +141,45 @@ class Task:
 
     def label_spellings(self) -> str:
         """Every spelling that ``label_id`` knows, for messages."""
+        if self.span is not None:
+            return f"numbers from {self.span[0]:g} to {self.span[1]:g}"
         ids = zip(self.labels, self.label_names, strict=True)
         return " or ".join(f"{label} ({word}, {name})" for label, (word, name) in enumerate(ids))
 
-    def score(self, gold: Sequence[int], predicted: Sequence[int | None]) -> dict[str, float]:
-        """``mcc``, ``accuracy``, ``malformed`` and ``n`` of parsed answers; see `fastppo.tasks.metrics.score`."""
-        return metrics.score(gold, predicted)
+    def columns_of(self, column: str) -> tuple[str, ...]:
+        """The names that a slot's column, or ``label``, goes by in data files."""
+        return (column, *self.aliases.get(column, ()))
 
-    def interval(self, gold: Sequence[int], predicted: Sequence[int | None], seed: int) -> tuple[float, float]:
-        """Bootstrap 95 % interval (low, high) of ``mcc``; see `fastppo.tasks.metrics.mcc_interval`."""
-        return metrics.mcc_interval(gold, predicted, seed)
+    def score(self, examples: Sequence[Example], predicted: Sequence[int | float | None]) -> dict[str, float]:
+        """The official metrics, ``accuracy``, ``malformed`` (fractions) and ``n`` (rows) of parsed answers; None: malformed."""
+        names = self.metrics
+        if self.span is None and "accuracy" not in names:
+            names = (*names, "accuracy")
+        scores = scoring.score(names, self._answers(examples, predicted))
+        return {**scores, "malformed": list(predicted).count(None) / len(predicted), "n": len(predicted)}
+
+    def intervals(
+        self, examples: Sequence[Example], predicted: Sequence[int | float | None], seed: int
+    ) -> dict[str, tuple[float, float]]:
+        """Bootstrap 95 % interval (low, high) of each official metric that the examples have."""
+        return scoring.intervals(self.metrics, self._answers(examples, predicted), seed)
+
+    def _answers(self, examples: Sequence[Example], predicted: Sequence[int | float | None]) -> scoring.Answers:
+        """For scoring: numbers within ``span``, and instead of a malformed answer one that is wrong."""
+        gold = [example.label for example in examples if example.label is not None]
+        if not gold or len(gold) != len(examples) or len(gold) != len(predicted):
+            raise ValueError(f"{len(gold)} gold labels and {len(predicted)} predictions: need as many of each, at least one")
+        if self.span is None:
+            counted = [scoring.MALFORMED if p is None else p for p in predicted]
+        else:
+            low, high = self.span
+            far = [low if label > (low + high) / 2 else high for label in gold]  # the end of the scale that is farther away
+            counted = [f if p is None else min(max(p, low), high) for p, f in zip(predicted, far, strict=True)]
+        groups = [example.group for example in examples]
+        return scoring.Answers(gold, counted, groups, [example.fields.get("candidate", "") for example in examples])
+
+
+def _number(text: str) -> float | None:
+    """The number that a text of digits spells; None where no float holds it."""
+    value = float(text)
+    return value if math.isfinite(value) else None

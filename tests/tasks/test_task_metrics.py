@@ -6,14 +6,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
+from fastppo.tasks import Example
+from fastppo.tasks import metrics as scoring
 from fastppo.tasks.cola import COLA
-from fastppo.tasks.metrics import _gorodkin, matthews_correlation, mcc_interval, score
+from fastppo.tasks.metrics import MALFORMED, _gorodkin, matthews_correlation
 
 pairs = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 2, None])), min_size=1, max_size=40)
 
 
 def split(rows):
     return [gold for gold, _ in rows], [predicted for _, predicted in rows]
+
+
+def examples_of(gold):
+    return [Example({}, label, "") for label in gold]
+
+
+def score(gold, predicted):
+    return COLA.score(examples_of(gold), predicted)
+
+
+def mcc_interval(gold, predicted, seed):
+    return COLA.intervals(examples_of(gold), predicted, seed)["mcc"]
 
 
 def reference_mcc(gold, predicted):
@@ -100,10 +114,10 @@ def test_interval_depends_on_the_seed_alone():
     first = mcc_interval(gold, predicted, seed=3)
     assert first == mcc_interval(gold, predicted, seed=3)
     assert first != mcc_interval(gold, predicted, seed=4)
-    assert first == COLA.interval(gold, predicted, 3)
+    assert first == scoring.mcc_interval(gold, [MALFORMED if p is None else p for p in predicted], 3)
     order = np.random.default_rng(1).permutation(1043)
     assert first == mcc_interval([gold[i] for i in order], [predicted[i] for i in order], seed=3)
-    assert first[0] < COLA.score(gold, predicted)["mcc"] < first[1]
+    assert first[0] < score(gold, predicted)["mcc"] < first[1]
 
 
 def test_interval_covers_the_truth_about_95_times_in_100():
@@ -122,7 +136,8 @@ def test_interval_is_that_of_drawing_rows():
     drawn_BN = cell_N[rng.integers(0, 300, size=(20_000, 300))]
     counts_BC = np.stack([(drawn_BN == cell).sum(axis=1) for cell in range(len(cells))], axis=1).astype(float)
     by_rows = np.percentile(_gorodkin(cells, counts_BC), [2.5, 97.5])
-    assert mcc_interval(gold, predicted, seed=0, resamples=20_000) == pytest.approx(by_rows, abs=0.003)
+    classes = [MALFORMED if p is None else p for p in predicted]
+    assert scoring.mcc_interval(gold, classes, seed=0, resamples=20_000) == pytest.approx(by_rows, abs=0.003)
     assert mcc_interval(gold, predicted, seed=0) == pytest.approx(by_rows, abs=0.02)
 
 
