@@ -1,6 +1,7 @@
 """Tasks: examples, templates, answer parsers and metrics."""
 
 from fastppo.errors import UserError
+from fastppo.tasks import glue, superglue
 from fastppo.tasks.cola import COLA
 from fastppo.tasks.data import Dataset, load_data
 from fastppo.tasks.example import Example
@@ -8,7 +9,7 @@ from fastppo.tasks.task import Task
 
 __all__ = ["TASKS", "Dataset", "Example", "Task", "get_task", "get_task_to_train", "load_data"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (COLA,)}
+TASKS: dict[str, Task] = {task.name: task for task in (COLA, *glue.TASKS, *superglue.TASKS)}
 
 
 def get_task(name: str, template: str = "short") -> Task:

@@ -1,0 +1,283 @@
+"""The tasks of SuperGLUE but RTE, which is GLUE's (Wang et al., "SuperGLUE: A Stickier Benchmark for General-Purpose Language
+Understanding Systems", NeurIPS 2019).
+
+Label ids are those of the hub's data sets. Rows are read in the form of SuperGLUE's own files and in that of the hub.
+"""
+
+import random
+import re
+import string
+from collections.abc import Mapping
+from typing import TypeVar
+
+from fastppo.tasks.example import Example
+from fastppo.tasks.glue import ENTAILS_ANSWERS, ENTAILS_QUESTION, NLI_ANSWERS, NLI_COLUMNS, NLI_INPUTS, NLI_QUESTION
+from fastppo.tasks.task import Task, Values
+from fastppo.tasks.wording import prompts
+
+SUPERGLUE = "aps/super_glue"
+
+# The few-shot release of Schick and Schütze has 32 examples of each train set as its dev set.
+FEW = {"dev": ("dev32",)}
+
+BOOLQ = Task(
+    **prompts(
+        "Answer a question from what the passage says.",
+        "yes or no",
+        "Passage: {passage}\nQuestion: {question}?",
+        "Answer",
+    ),
+    name="boolq",
+    slots=("passage", "question"),
+    labels=("no", "yes"),
+    label_names=("false", "true"),
+    files=FEW,
+    hub=(SUPERGLUE, "boolq"),
+)
+
+CB = Task(
+    **prompts(
+        NLI_QUESTION,
+        NLI_ANSWERS,
+        NLI_INPUTS,
+        "Relation",
+    ),
+    name="cb",
+    slots=("premise", "hypothesis"),
+    labels=("entailment", "contradiction", "neutral"),
+    label_names=("entailment", "contradiction", "neutral"),
+    metrics=("macro_f1", "accuracy"),
+    files=FEW,
+    hub=(SUPERGLUE, "cb"),
+)
+
+COPA = Task(
+    **prompts(
+        "Something is the case. Of two options, decide which one is more likely to be its cause, or its effect if that is "
+        "asked for.",
+        "one for the first option, two for the second",
+        "The case: {premise}\nAsked for: {question}\nOption one: {choice1}\nOption two: {choice2}",
+        "Option",
+    ),
+    name="copa",
+    slots=("premise", "choice1", "choice2", "question"),
+    labels=("one", "two"),
+    label_names=("choice1", "choice2"),
+    files=FEW,
+    hub=(SUPERGLUE, "copa"),
+)
+
+
+Kind = TypeVar("Kind", dict, list, str, int)
+
+
+def _part(values: object, key: str, kind: type[Kind], where: str = "") -> Kind:
+    """A part of a nested row. Raises ValueError where it is missing or of another kind."""
+    found = values.get(key) if isinstance(values, Mapping) else None
+    if not isinstance(found, kind):
+        words = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
+        raise ValueError(f"{where}{key} is {'missing' if found is None else repr(found)[:40]}, must be {words[kind]}")
+    return found
+
+
+def _multirc_rows(values: Values, number: str) -> list[Values]:
+    """An example for each answer. The group is its question."""
+    if "passage" not in values or isinstance(values["passage"], str):  # the hub: a row is an answer
+        idx = values.get("idx")
+        places = [idx.get(key) for key in ("paragraph", "question")] if isinstance(idx, Mapping) else []
+        return [{**values, "group": "-".join(map(str, places)) or number}]
+    rows: list[Values] = []
+    text = _part(values["passage"], "text", str, "passage.")
+    for q, question in enumerate(_part(values["passage"], "questions", list, "passage."), 1):
+        asked = _part(question, "question", str, f"question {q}: ")
+        for a, answer in enumerate(_part(question, "answers", list, f"question {q}: "), 1):
+            if not isinstance(answer, Mapping):
+                raise ValueError(f"question {q}, answer {a}: must be an object with text and label")
+            rows.append({
+                "passage": text, "question": asked, "candidate": answer.get("text"), "label": answer.get("label"),
+                "group": f"{number}-{q}", "part": f"question {q}, answer {a}",
+            })  # fmt: skip
+    return rows
+
+
+MULTIRC = Task(
+    **prompts(
+        "A question about the passage may have several right answers. Decide whether the answer given here is one of them.",
+        "true if it is right, false if it is wrong",
+        "Passage: {passage}\nQuestion: {question}\nAnswer given: {candidate}",
+        "This is",
+    ),
+    name="multirc",
+    slots=("passage", "question", "candidate"),
+    labels=("false", "true"),
+    label_names=("false", "true"),
+    metrics=("f1a", "em"),
+    aliases={"passage": ("paragraph",), "candidate": ("answer",)},
+    files=FEW,
+    expand=_multirc_rows,
+    hub=(SUPERGLUE, "multirc"),
+)
+
+HIGHLIGHT, PLACEHOLDER = "@highlight", "@placeholder"
+
+
+def _record_rows(values: Values, number: str) -> list[Values]:
+    """An example for each different entity of each query, with the query's gap filled. The group is the query."""
+    passage = values.get("passage")
+    if isinstance(passage, str):  # the hub: a row is a query
+        text, queries = passage, [values]
+        entities = [entity for entity in _part(values, "entities", list) if isinstance(entity, str)]
+    else:
+        text, queries = _part(passage, "text", str, "passage."), _part(values, "qas", list)
+        spans = _part(passage, "entities", list, "passage.")
+        where = "passage.entities."
+        entities = [text[_part(span, "start", int, where) : _part(span, "end", int, where) + 1] for span in spans]
+    rows: list[Values] = []
+    for q, query in enumerate(queries, 1):
+        where = f"query {q}: "
+        sentence = _part(query, "query", str, where)
+        if PLACEHOLDER not in sentence:
+            raise ValueError(f"{where}no {PLACEHOLDER} in it")
+        answers = _part(query, "answers", list, where)
+        gold = {answer if isinstance(answer, str) else _part(answer, "text", str, f"{where}answers.") for answer in answers}
+        for e, entity in enumerate(dict.fromkeys([*entities, *sorted(gold)]), 1):
+            rows.append({
+                "passage": text.split(HIGHLIGHT)[0].strip(), "candidate": entity, "label": int(entity in gold),
+                "query": sentence.replace(PLACEHOLDER, entity), "group": f"{number}-{q}", "part": f"query {q}, entity {e}",
+            })  # fmt: skip
+    return rows
+
+
+def _record_pairs(examples: list[Example], draw: random.Random) -> list[Example]:
+    """Of each query a right and a wrong entity."""
+    queries: dict[str, tuple[list[Example], list[Example]]] = {}
+    for example in examples:
+        queries.setdefault(example.group, ([], []))[int(example.label or 0)].append(example)
+    return [draw.choice(entities) for query in queries.values() for entities in reversed(query) if entities]
+
+
+RECORD = Task(
+    **prompts(
+        "The statement continues the text, with the name of someone or something put into a gap. Decide whether it is the "
+        "right name there.",
+        "yes if it is, no if it is not",
+        "Text: {passage}\nStatement: {query}\nName: {candidate}",
+        "Right",
+    ),
+    name="record",
+    slots=("passage", "query", "candidate"),
+    labels=("no", "yes"),
+    label_names=("no", "yes"),
+    metrics=("token_f1", "exact_match"),
+    files=FEW,
+    expand=_record_rows,
+    training=_record_pairs,
+    wordless_is_wrong=True,
+    hub=(SUPERGLUE, "record"),
+)
+
+
+def _wic_row(values: Values, number: str) -> list[Values]:
+    """Some releases have one text of word and sentences."""
+    text = values.get("text")
+    if "word" in values or not isinstance(text, str):
+        return [values]
+    found = re.fullmatch(r"Word: (.+?)\. Sentence 1: (.+?) Sentence 2: (.+)", text, re.DOTALL)
+    if not found:
+        raise ValueError("text must be of the form 'Word: ... . Sentence 1: ... Sentence 2: ...'")
+    return [{"word": found[1], "sentence1": found[2], "sentence2": found[3], "label": values.get("label")}]
+
+
+WIC = Task(
+    **prompts(
+        "Two sentences use a word. Decide whether it has the same sense in both.",
+        "same if it has, different if not",
+        "Word: {word}\nFirst sentence: {sentence1}\nSecond sentence: {sentence2}",
+        "Sense",
+    ),
+    name="wic",
+    slots=("word", "sentence1", "sentence2"),
+    labels=("different", "same"),
+    label_names=("false", "true"),
+    files=FEW,
+    expand=_wic_row,
+    hub=(SUPERGLUE, "wic"),
+)
+
+
+def _wsc_row(values: Values, number: str) -> list[Values]:
+    """The pronoun is put between asterisks: a text may have several alike."""
+    target = values.get("target", values)
+    text = _part(values, "text", str)
+    noun, pronoun = (_part(target, f"span{k}_text", str) for k in (1, 2))
+    place = _part(target, "span2_index", int)
+    pieces = re.split(r"(\s+)", text.strip())  # words, and what is between them
+    alike = [i for i, word in enumerate(pieces) if word.strip(string.punctuation).lower() == pronoun.lower()]
+    if alike:
+        nearest = min(alike, key=lambda i: abs(i - 2 * place))  # a few places in the data are wrong
+        pieces[nearest] = re.sub(re.escape(pronoun), r"*\g<0>*", pieces[nearest], count=1, flags=re.IGNORECASE)
+    return [{"text": "".join(pieces), "noun": noun, "pronoun": pronoun, "label": values.get("label")}]
+
+
+WSC = Task(
+    **prompts(
+        "A pronoun of the text is marked with asterisks. Decide whether it stands for the one that is named below the text.",
+        "yes if it does, no if it stands for someone or something else",
+        "Text: {text}\nPronoun: {pronoun}\nNamed: {noun}",
+        "The same",
+    ),
+    name="wsc",
+    slots=("text", "noun", "pronoun"),
+    labels=("no", "yes"),
+    label_names=("false", "true"),
+    files=FEW,
+    expand=_wsc_row,
+    hub=(SUPERGLUE, "wsc"),
+)
+
+AXB = Task(
+    **prompts(
+        ENTAILS_QUESTION,
+        ENTAILS_ANSWERS,
+        NLI_INPUTS,
+        "Follows",
+    ),
+    name="axb",
+    slots=("premise", "hypothesis"),
+    labels=("yes", "no"),
+    label_names=("entailment", "not_entailment"),
+    metrics=("mcc",),
+    aliases=NLI_COLUMNS,
+    files={"dev": ("AX-b", "test")},
+    train_on="rte",
+    hub=(SUPERGLUE, "axb"),
+)
+
+_PRONOUNS = re.compile(r"\b(he|she|they|him|her|them|his|hers|their|theirs|himself|herself|themselves)\b")
+
+
+def _axg_row(values: Values, number: str) -> list[Values]:
+    """The group is what two examples share that differ only in the gender of a pronoun."""
+    texts = [str(values.get(slot, "")) for slot in ("premise", "hypothesis")]
+    return [{**values, "group": _PRONOUNS.sub("*", " / ".join(texts).lower())}]
+
+
+AXG = Task(
+    **prompts(
+        ENTAILS_QUESTION,
+        ENTAILS_ANSWERS,
+        NLI_INPUTS,
+        "Follows",
+    ),
+    name="axg",
+    slots=("premise", "hypothesis"),
+    labels=("yes", "no"),
+    label_names=("entailment", "not_entailment"),
+    metrics=("accuracy", "parity"),
+    files={"dev": ("AX-g", "test")},
+    expand=_axg_row,
+    train_on="rte",
+    hub=(SUPERGLUE, "axg"),
+)
+
+TASKS: tuple[Task, ...] = (BOOLQ, CB, COPA, MULTIRC, RECORD, WIC, WSC, AXB, AXG)
