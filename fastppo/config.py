@@ -184,11 +184,20 @@ class SampleConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
-    """Reward of a task with a closed answer."""
+    """What an answer is worth."""
 
-    correct: float = _setting(1.0, "reward of the right answer", "RL4GLUE-style rewards +1 / -1")
-    wrong: float = _setting(-1.0, "reward of a wrong answer", "RL4GLUE-style rewards +1 / -1")
-    malformed: float = _setting(-2.0, "reward of text that is no answer", "between -1 (N+) and -3 (torchtune)")
+    preset: str = _setting(
+        "default",
+        "rewards of a right, a wrong and a malformed answer: default 1, -1, -2; paper 1, 0, -1; code 1, -1, -3; where answers "
+        "are numbers it falls evenly with the error, in paper and code as 2.5 - error",
+        "paper, code: Somayajula et al. 2025 (arXiv 2410.11020), the article and its released code",
+        choices=("default", "paper", "code"),
+    )
+    correct: float | None = _setting(None, "reward of the right answer (none: the preset's)", "RL4GLUE-style rewards +1 / -1")
+    wrong: float | None = _setting(None, "reward of a wrong answer (none: the preset's)", "RL4GLUE-style rewards +1 / -1")
+    malformed: float | None = _setting(
+        None, "reward of text that is no answer (none: the preset's)", "between -1 (N+) and -3 (torchtune)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

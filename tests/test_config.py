@@ -33,7 +33,7 @@ FROZEN = {
     "ppo": "iterations prompts samples epochs minibatches lr schedule warmup clip gamma lam kl_coef kl_estimator "
     "kl_target entropy_coef whiten target_kl max_grad_norm adam_eps reference old_logprobs",
     "sample": "temperature top_k top_p max_new_tokens stop constrained slots gap_limit",
-    "reward": "correct wrong malformed",
+    "reward": "preset correct wrong malformed",
 }
 
 
