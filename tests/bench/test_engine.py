@@ -78,7 +78,7 @@ def test_flops_are_those_of_the_products_that_are_run(model):
     added_in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # nor does it know these
     with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False, custom_mapping=added_in_place) as seen:
         for part in mini.parts:
-            ppo._loss(model, part, mini.n_actions, 0.0, model.config, False)[0].backward()
+            ppo.micro_batch_loss(model, part, mini.n_actions, 0.0, model.config, False)[0].backward()
     model.value_head.zero_grad()
     # Nobody needs the gradient of the first layer's input, nor the last layer behind its attention in rows without an action.
     first, *_, last = model.backbone.trunk.layers
