@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastppo import memory
+from fastppo.batch.buckets import padded_tokens
 from fastppo.batch.token_tree import build_tree, common_prefix
 from fastppo.config import Config
 from fastppo.errors import UserError
@@ -40,6 +41,9 @@ GPUS = {
 MOST_TOKENS = {"cuda": 8192, "cpu": 2048}
 # With so many a GPU is busy: from there on, keeping activations is worth more than further tokens.
 ENOUGH_TOKENS = 2048
+# FLOPs of a layer's products over a micro-batch, forward and backward, up to which a fast GPU is done with them sooner than the
+# host launches all that a layer is made of: 127 launches at 8 us against 400 TFLOP/s. A guess.
+HOST_BOUND = 4e11
 STEP = 256  # of tokens, between micro-batches that are looked at
 # Of a GPU: for what is no tensor (CUDA's context, loaded kernels, cuBLAS's workspaces), and the part that is lost in gaps
 # between the allocator's blocks.
@@ -171,7 +175,7 @@ def _layer(layer: Any, fused: bool) -> Layer:
 
 
 class Part(NamedTuple):
-    """when: always, update or sampling. how: the count in words."""
+    """when: always, update, sampling or graphs (held between updates). how: the count in words."""
 
     name: str
     when: str
@@ -206,12 +210,14 @@ def machine_of(cuda: bool, itemsize: int) -> Machine:
 @dataclass(frozen=True)
 class Choice:
     """tokens: of a micro-batch. activations: keep, recompute or offload. notices: what is new to the user in that. too_much:
-    what does not fit, and what to change; empty where all does. A line each."""
+    what does not fit, and what to change; empty where all does. A line each. graphs: whether the update may be replayed as CUDA
+    graphs."""
 
     tokens: int
     activations: str
     notices: tuple[str, ...] = ()
     too_much: tuple[str, ...] = ()
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -298,9 +304,11 @@ class Budget:
         if folds and config.sample.max_new_tokens >= FOLD_FROM:
             yield Part("folded weights", "sampling", 4 * sizes.linear, "linear layers with the adapter in them, on a CPU")
 
-    def update(self, tokens: int, activations: str) -> tuple[Part, Part]:
-        """What forward and backward of a micro-batch take: activations, and what the head adds to their peak."""
+    def update(self, tokens: int, activations: str, *, padded: bool = False) -> tuple[Part, Part]:
+        """What forward and backward of a micro-batch take: activations, and what the head adds to their peak. padded: with the
+        padding that CUDA graphs need."""
         sizes, cuda, tokens = self.sizes, self.device.cuda, self.filled(tokens)
+        tokens = padded_tokens(tokens) if padded else tokens
         head = Head(sizes.vocab, sizes.itemsize)
         chunk = head.chunk_rows(cuda)
         if sizes.layer is None:
@@ -361,6 +369,13 @@ class Budget:
     def takes(self, tokens: int, activations: str) -> int:
         return sum(part.bytes for part in self.update(tokens, activations))
 
+    def graphs(self, tokens: int, activations: str) -> Part:
+        """What CUDA graphs of the update hold between their replays. Not counted: the graphs themselves, and the copies of the
+        trees that they read, a few MiB."""
+        held = sum(part.bytes for part in self.update(tokens, activations, padded=True))
+        how = f"an update of {padded_tokens(self.filled(tokens)):,} tokens, padding included, held for replays"
+        return Part("CUDA graphs", "graphs", held, how)
+
     # -- choosing ---------------------------------------------------------------------------------------------------------
 
     def choose(self) -> Choice:
@@ -390,7 +405,18 @@ class Budget:
                 f"to keep the activations of {self.filled(tokens):,} tokens takes {size(self.takes(tokens, 'keep'))}, "
                 f"{size(max(self.room, 0))} are left: blocks are computed again in backward"
             )
-        return Choice(tokens, mode, tuple(notices), tuple(self._too_much(tokens, mode)))
+        return Choice(tokens, mode, tuple(notices), tuple(self._too_much(tokens, mode)), self._graphs_fit(tokens, mode))
+
+    def _graphs_fit(self, tokens: int, mode: str) -> bool:
+        """Whether CUDA graphs of the update are worth their making, and there is room for what they hold: all that an update
+        takes stays theirs, while sampling and while a micro-batch runs that has none."""
+        sizes = self.sizes
+        if not self.device.cuda or sizes.layer is None or not sizes.layer.fused or mode == "offload":
+            return False
+        if 4 * sizes.linear // sizes.layers * self.filled(tokens) > HOST_BOUND:
+            return False
+        held = self.graphs(tokens, mode).bytes
+        return held + max(held, sum(part.bytes for part in self.sampling(tokens))) <= self.room
 
     def _too_much(self, tokens: int, mode: str) -> Iterator[str]:
         """What does not fit, and what to change."""

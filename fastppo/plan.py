@@ -25,12 +25,16 @@ from fastppo.model.load import be_quiet, check_decoder, first_line, load_tokeniz
 from fastppo.tasks import get_task, load_data
 from fastppo.tasks.data import looks_like_path
 
-WHEN = {"always": "all the time", "update": "in an update", "sampling": "while sampling", "device": "beside tensors"}
+WHEN = {
+    "always": "all the time", "update": "in an update", "sampling": "while sampling", "graphs": "for replays",
+    "device": "beside tensors",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """parts: what is counted. total: bytes, of all that is there all the time and the larger of update and sampling."""
+    """parts: what is counted. total: bytes, of all that is there all the time or held by CUDA graphs, and the larger of update
+    and sampling."""
 
     model: str
     device: Device
@@ -44,7 +48,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return self.of("always") + self.of("device") + max(self.of("update"), self.of("sampling"))
+        return self.of("always") + self.of("graphs") + self.of("device") + max(self.of("update"), self.of("sampling"))
 
 
 def plan(config: Config, gpu: str | None, console: rich.console.Console | None) -> int:
@@ -81,6 +85,8 @@ def make_plan(config: Config, device: Device) -> Plan:
     choice = replace(choice, notices=(*unknown, *choice.notices))
     update = counted.update(choice.tokens, choice.activations)
     parts = [*counted.fixed(), *update, *counted.sampling(choice.tokens)]
+    if choice.graphs:
+        parts.append(counted.graphs(choice.tokens, choice.activations))
     if device.cuda:
         how = "context, loaded kernels, gaps between the allocator's blocks"
         parts.append(Part("CUDA", "device", device.memory - device.usable, how))
@@ -168,7 +174,7 @@ def show(plan: Plan, console: rich.console.Console) -> None:
         for i, part in enumerate(part for part in plan.parts if part.when == when):
             table.add_row(*map(Text, (title if i == 0 else "", part.name, budget.size(part.bytes), part.how)))
         table.add_section()
-    whole = "all the time, and the larger of update and sampling"
+    whole = "all the time, and the larger of update and sampling" + (", and graphs" if plan.of("graphs") else "")
     table.add_row(*map(Text, ("", "total", budget.size(plan.total), whole)), style="bold")
     console.print(table)
     choice = plan.choice

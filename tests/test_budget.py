@@ -166,6 +166,27 @@ def test_less_is_alive_where_blocks_are_computed_again_and_least_where_their_inp
     assert sums[0] > 3 * sums[1] and sums[1] - sums[2] == pytest.approx(30 * 4096 * 4096 * 2, rel=0.1)
 
 
+def test_graphs_where_the_host_is_slower_and_there_is_room_beside_them():
+    """Small micro-batches of small models; what an update takes is then there twice, or once beside the sampler's."""
+    layer = replace(LAYER, hidden=896, inner=4864, heads=14, kv_heads=2, head_dim=64)
+    half = replace(
+        EIGHT, base=988_065_792, linear=357_826_560, adapter=8_798_208, vocab=151936, hidden=896, layers=24, layer=layer,
+        cache=2 * 24 * 128,
+    )  # fmt: skip
+    config = replace(SHORT, micro_batch_tokens=2048)
+    h100, small = Device.named("h100-80"), Device.named("5GiB")
+    assert of(h100, config, half).choose().graphs
+    assert not of(small, config, half).choose().graphs and not of(small, config, half).choose().too_much
+    assert not of(CPU, config, half).choose().graphs
+    assert not of(h100, config).choose().graphs, "8B: the GPU is busy with it"
+    assert not of(h100, replace(config, micro_batch_tokens=8192), half).choose().graphs
+    assert not of(h100, replace(config, activations="offload"), half).choose().graphs
+    assert not of(h100, config, replace(half, layer=replace(layer, fused=False))).choose().graphs
+    counted = of(h100, config, half)
+    held, taken = counted.graphs(2048, "keep").bytes, counted.takes(2048, "keep")
+    assert taken < held < 1.2 * taken
+
+
 def test_an_architecture_without_blocks_keeps_what_it_needs():
     other = replace(EIGHT, layer=None, blocks=False)
     choice = of(Device.named("h200"), replace(SHORT, activations="recompute"), other).choose()

@@ -33,8 +33,9 @@ def test_the_json_object_has_the_same(world: World, capsys):
     assert found["device"] == {"name": "a GPU of 24GiB", "kind": "cuda", "memory": 24 << 30}
     assert (found["micro_batch_tokens"], found["activations"], found["dtype"]) == (8192, "keep", "bfloat16")
     sums = {when: sum(part["bytes"] for part in found["parts"] if part["when"] == when)
-            for when in ("always", "device", "update", "sampling")}  # fmt: skip
-    assert found["total"] == sums["always"] + sums["device"] + max(sums["update"], sums["sampling"]) > 0
+            for when in ("always", "graphs", "device", "update", "sampling")}  # fmt: skip
+    all_the_time = sums["always"] + sums["graphs"] + sums["device"]
+    assert found["total"] == all_the_time + max(sums["update"], sums["sampling"]) and sums["graphs"] >= sums["update"] > 0
     assert all(part["bytes"] >= 0 and part["how"] for part in found["parts"])
 
 

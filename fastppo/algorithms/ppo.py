@@ -7,6 +7,7 @@ Clipped surrogate and value losses of Schulman et al. 2017 (arXiv 1707.06347), g
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +36,15 @@ def needs_reference(config: Config) -> bool:
     return config.ppo.kl_coef > 0
 
 
+def _kl_in_loss(config: Config) -> bool:
+    return config.ppo.kl_estimator != "k1" and needs_reference(config)
+
+
+def _settings(config: Config, kl_coef: float) -> Hashable:
+    """All numbers that a loss computes with: a graph of it keeps them."""
+    return config, kl_coef if _kl_in_loss(config) else 0.0
+
+
 @torch.no_grad()
 def estimate(
     model: ActorCritic,
@@ -52,14 +62,17 @@ def estimate(
         rewards: one for each sample; it goes to the sample's last token. With ``kl_estimator="k1"`` every token's reward is
             lowered by ``kl_coef * (log-prob - reference log-prob)``.
         before_update: ``update`` follows on the same weights, so the first mini-batch, where one forward holds it, keeps what
-            backward needs, and the first step has no forward to do.
+            backward needs, and the first step has no forward to do (unless a CUDA graph does the whole of it).
     """
     for mini in minibatches:
         _fit(model, mini)
         for part in mini.parts:
             part.states = None  # of an attempt before this one
+            if model.graphs is not None:  # as the update will: the same shapes, the same bits
+                part.pad()
     *parts, last = [part for mini in reversed(minibatches) for part in mini.parts]
-    kept = last if before_update and len(minibatches[0].parts) == 1 else None
+    replays = model.graphs is not None and model.graphs.replays(last, _settings(config, kl_coef))
+    kept = last if before_update and len(minibatches[0].parts) == 1 and not replays else None
     parts.append(last)
     # One copy to the device for all parts, and nothing comes back before the end: the host runs ahead.
     order = [rollout.samples[i] for part in parts for i in part.samples]
@@ -72,33 +85,37 @@ def estimate(
         final_rewards.split([len(part.samples) for part in parts]),
         strict=True,
     ):
+        tree, actions = part.computed, part.tree.n_actions  # behind these is padding
         with torch.set_grad_enabled(part is kept):
-            states = model.states(part.tree)
+            states = model.states(tree)
         if part is kept:
             part.states = states
-        scores = model.scores(*states, part.tree, temperature=config.sample.temperature)
-        gaps.append((sampled - scores.logprob).abs().max())
+        scores = model.scores(*states, tree, temperature=config.sample.temperature)
+        logprob, values = scores.logprob[:actions], scores.values[:actions]
+        gaps.append((sampled - logprob).abs().max())
         part.known = {
-            "old_logprob": scores.logprob if config.ppo.old_logprobs == "trainer" else sampled,
-            "old_values": scores.values,
+            "old_logprob": logprob if config.ppo.old_logprobs == "trainer" else sampled,
+            "old_values": values,
         }
-        token_rewards = torch.zeros_like(scores.logprob)
+        token_rewards = torch.zeros_like(logprob)
         ends = part.tree.cu_actions[1:].long() - 1
         token_rewards[ends] = part_rewards
         if needs_reference(config):
-            reference = model.reference_logprob(part.tree, temperature=config.sample.temperature)
-            log_ratio = scores.logprob - reference
+            reference = model.reference_logprob(tree, temperature=config.sample.temperature)[:actions]
+            log_ratio = logprob - reference
             kl_sums.append(log_ratio.sum())
             part.known["ref_logprob"] = reference
             if config.ppo.kl_estimator == "k1":
                 token_rewards -= kl_coef * log_ratio
         part.known["advantages"], part.known["returns"], part_sums = gae(
-            token_rewards, scores.values, part.tree.cu_actions, gamma=config.ppo.gamma, lam=config.ppo.lam, with_sums=True
+            token_rewards, values, part.tree.cu_actions, gamma=config.ppo.gamma, lam=config.ppo.lam, with_sums=True
         )
         sums.append(part_sums)
     if config.ppo.whiten:  # over the whole batch, not a mini-batch: its mean is the baseline of all
         for part in parts:
             part.known["advantages"] = whiten(part.known["advantages"], sums=torch.cat(sums))
+    for part in parts:
+        part.pad_known()
     gap = float(torch.stack(gaps).max())
     if not math.isfinite(gap):
         raise UserError("log-probabilities are no longer finite: the policy has diverged; lower --ppo-lr")
@@ -161,17 +178,28 @@ def _gradients(
     """Add up the gradient of a mini-batch and clip it: metrics of each micro-batch, as sums, and the norm before clipping."""
     _fit(model, mini)
     optimizer.zero_grad(set_to_none=True)
+    parameters = model.trainable(critic_only=critic_only)
+    graphs = None if critic_only else model.graphs
+    if graphs is not None:
+        graphs.begin(parameters)
+
+    def loss_of(part: MicroBatch, n_actions: float | torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return micro_batch_loss(model, part, n_actions, kl_coef, config, critic_only)
+
     metrics = []
     for part in mini.parts:
-        loss, part_metrics = micro_batch_loss(model, part, mini.n_actions, kl_coef, config, critic_only)
-        loss.backward()
-        metrics.append(part_metrics)
-    parameters = model.trainable(critic_only=critic_only)
+        found = None
+        if graphs is not None:
+            found = graphs.add_gradients(part, mini.n_actions, loss_of, parameters, _settings(config, kl_coef))
+        if found is None:
+            loss, found = loss_of(part, mini.n_actions)
+            loss.backward()
+        metrics.append(found)
     return metrics, torch.nn.utils.clip_grad_norm_(parameters, config.ppo.max_grad_norm)
 
 
 def micro_batch_loss(
-    model: ActorCritic, part: MicroBatch, n_actions: int, kl_coef: float, config: Config, critic_only: bool
+    model: ActorCritic, part: MicroBatch, n_actions: float | torch.Tensor, kl_coef: float, config: Config, critic_only: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The micro-batch's share of its mini-batch's loss, whose gradients add up to the mini-batch's, and its metrics as sums.
 
@@ -185,33 +213,30 @@ def micro_batch_loss(
         (loss, metrics): 0-d float32, differentiable in the adapters and the value head; 0-d float64 sums and maxima over the
         actions, as of `ppo_loss`.
     """
-    known = part.known
+    tree, mask, known, head = part.computed, part.mask, part.known, model.backbone.head
     if critic_only:
         value_loss, metrics = ppo_value_loss(
-            model.values(part.tree),
-            known["old_values"],
-            known["returns"],
-            clip=config.value.clip,
+            model.values(tree), known["old_values"], known["returns"], mask=mask, clip=config.value.clip,
             denominator=n_actions,
-        )
+        )  # fmt: skip
         return value_loss, metrics
-    tree, head = part.tree, model.backbone.head
     policy_RH, critic_RH = part.states or model.states(tree)
     part.states = None
-    in_loss = config.ppo.kl_estimator != "k1" and needs_reference(config)
+    in_loss = _kl_in_loss(config)
     policy_loss, metrics, logprob, _ = linear_ppo_loss(
         policy_RH, head.weight, tree.action_targets, known["old_logprob"], known["advantages"],
-        rows_A=tree.action_rows, bias=head.bias, temperature=config.sample.temperature, softcap=head.softcap,
+        rows_A=tree.action_rows, mask=mask, bias=head.bias, temperature=config.sample.temperature, softcap=head.softcap,
         logit_scale=head.scale, clip_low=config.ppo.clip, clip_high=config.ppo.clip, entropy_coef=config.ppo.entropy_coef,
         ref_logprob=known["ref_logprob"] if in_loss else None, kl_coef=kl_coef if in_loss else 0.0,
         kl_estimator="k2" if config.ppo.kl_estimator == "k2" else "k3", denominator=n_actions,
     )  # fmt: skip
     value_loss, value_metrics = ppo_value_loss(
-        model.action_values(critic_RH, tree), known["old_values"], known["returns"], clip=config.value.clip,
+        model.action_values(critic_RH, tree), known["old_values"], known["returns"], mask=mask, clip=config.value.clip,
         denominator=n_actions,
     )  # fmt: skip
     metrics |= value_metrics
-    metrics["log_ratio_max"] = (logprob - known["old_logprob"]).abs().max().double()
+    log_ratio = logprob - known["old_logprob"]
+    metrics["log_ratio_max"] = (log_ratio if mask is None else log_ratio.where(mask, 0.0)).abs().max().double()
     return policy_loss + config.value.coef * value_loss, metrics
 
 

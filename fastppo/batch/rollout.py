@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
+from torch.nn.functional import pad
 
+from fastppo.batch.buckets import Padded, pad_tree
 from fastppo.batch.token_tree import TokenTree, build_tree, common_prefix, cut_by_tokens
 
 
@@ -39,16 +41,36 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """One packed forward's worth of samples, and what is known of its actions (tensors [A], fp32).
+    """One packed forward's worth of samples, and what is known of its actions (tensors [A], fp32; of padding 0).
 
     samples: indices into the rollout, in the tree's order of sequences.
     states: hidden states with their graph, the policy's and the critic's, where the next step's forward is done already.
+    padded: the tree in a bucket's shape, where it is computed so.
     """
 
     tree: TokenTree
     samples: list[int]
     known: dict[str, Tensor] = field(default_factory=dict)
     states: tuple[Tensor, Tensor] | None = None
+    padded: Padded | None = None
+
+    @property
+    def computed(self) -> TokenTree:
+        """What the model runs: ``tree``, or that with padding behind all that is real."""
+        return self.tree if self.padded is None else self.padded.tree
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[A] bool, which actions of ``computed`` are real; None: all."""
+        return None if self.padded is None else self.padded.mask
+
+    def pad(self) -> None:
+        """Compute in a bucket's shape from now on. What is known is padded by ``pad_known``."""
+        self.padded = pad_tree(self.tree)
+
+    def pad_known(self) -> None:
+        actions = self.computed.n_actions
+        self.known = {name: pad(x, (0, actions - len(x))) for name, x in self.known.items()}
 
     def cut(self, budget: int, *, padded: bool) -> list[MicroBatch]:
         """Pieces of at most ``budget`` tokens, or of one sample, with what is known of each.

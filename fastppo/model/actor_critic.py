@@ -22,6 +22,7 @@ from fastppo.model.backbone import Backbone
 from fastppo.model.load import Base
 from fastppo.model.nf4 import in_4_bits
 from fastppo.model.recompute import Recompute
+from fastppo.model.update_graphs import UpdateGraphs, usable
 from fastppo_kernels import patch_peft
 
 
@@ -78,6 +79,8 @@ class ActorCritic:
         self._chosen_tokens = chosen.tokens
         self.activations = chosen.activations  # keep, recompute or offload
         self.plan_notices = (*chosen.notices, *chosen.too_much)  # for the user, a line each
+        # Where an update's micro-batches are padded to buckets, and replayed as CUDA graphs.
+        self.graphs = UpdateGraphs() if chosen.graphs and usable(self.backbone) else None
 
     @property
     def micro_batch_tokens(self) -> int:

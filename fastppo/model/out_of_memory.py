@@ -34,7 +34,8 @@ def with_less_memory(model: ActorCritic, phase: str, attempt: Callable[[], T], s
                 raise
             reason = first_line(error)
         # Behind the handler: the error's traceback held the frames, and they the tensors, that filled the memory.
-        how = shrink()
+        # First what is there for speed alone goes; the next attempt is then no smaller.
+        how = "no CUDA graphs of the update" if model.graphs is not None and model.graphs.drop() else shrink()
         if how is None:
             raise UserError(
                 f"out of memory while {phase}, even one sample at a time ({reason}); "

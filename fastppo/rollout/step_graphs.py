@@ -28,7 +28,7 @@ KEYS = 128  # a bucket of keys is a multiple of that
 MAKE_AT = 3  # the step of a bucket that is made a graph: a bucket that is left at once is worth none
 
 # Rotary embeddings that do not ask the host how long the sequences are.
-_ROPES = ("default", "linear", "llama3", "yarn")
+ROPES = ("default", "linear", "llama3", "yarn")
 
 Run = Callable[[Tensor, Tensor, int], Tensor]  # newest tokens [B], lengths [B], the longest of them -> hidden states [B, H]
 
@@ -39,7 +39,7 @@ def usable(backbone: Backbone, max_new_tokens: int) -> bool:
         return False
     if max_new_tokens < GRAPHS_FROM or backbone.llama is None or not backbone.graphs or not backbone.head.weight.is_cuda:
         return False
-    return getattr(backbone.llama.trunk.rotary_emb, "rope_type", None) in _ROPES
+    return getattr(backbone.llama.trunk.rotary_emb, "rope_type", None) in ROPES
 
 
 def row_bucket(rows: int) -> int:
