@@ -16,7 +16,9 @@ T: tokens of the trees. N: weights of the adapted linear layers (frozen: one pro
 2 FLOPs each). A: weights of the adapters (one product more, for their own gradients). R: rows of hidden states that the head
 reads, with H V weights. P: pairs of a query and a key that it sees, which is the sum over the tokens of their depth in the
 tree, each counting itself. D: width of all heads' queries, summed over the layers; two products forward, four backward. What
-an implementation computes twice counts as time, not as FLOPs; norms, the loss and the optimizer count as time alone.
+an implementation computes twice counts as time, not as FLOPs; norms, the loss and the optimizer count as time alone. Where the
+update can be replayed as CUDA graphs it is measured with them, too, padding included, in turn without; what does not say so is
+without them and without padding.
 
 **Decode**: seconds from step to step of `generate` (trunk, head, drawing, and what the host does between them), and of the
 decoder's step alone, with the adapter beside the base's own layers, which is what merged weights cost; both alternate in one
@@ -44,6 +46,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from fastppo.algorithms import optim, ppo
 from fastppo.batch.rollout import MicroBatch, MiniBatch, Rollout, Sample, pack_rollout
 from fastppo.config import Config, LoraConfig, PpoConfig
+from fastppo.model import update_graphs
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.rollout.decoder import make_decoder
 from fastppo.rollout.sampler import Sampling, generate
@@ -242,6 +245,7 @@ def measure_update(run: Measurement, model: ActorCritic, budget: int, rate: floa
     def update() -> None:
         ppo.update(model, optimizer, minis, config.ppo.kl_coef, config, np.random.default_rng(0), critic_only=False)
 
+    model.graphs = None
     estimate()
     update()  # what is compiled and chosen at the first call
     whole, forward, backward = [], [], []
@@ -266,6 +270,8 @@ def measure_update(run: Measurement, model: ActorCritic, budget: int, rate: floa
     run.figure("ms of the optimizer and the rest", [1e3 * (s - len(parts) * b) for s, b in zip(whole, both, strict=True)], "ms")
     run.figure("ms of the estimate", [1e3 * _seconds(run.device, estimate)], "ms", "lower")
     run.figure("MiB", [_peak(run.device, update)], "MiB", "lower")
+    if update_graphs.usable(model.backbone):
+        measure_graphs(run, model, minis, estimate, update)
     optimizer.zero_grad(set_to_none=True)
     run.record.data.setdefault("trees", {})[str(budget)] = {
         "micro_batches": len(parts),
@@ -274,6 +280,30 @@ def measure_update(run: Measurement, model: ActorCritic, budget: int, rate: floa
         "head_rows": sum(part.tree.head_rows.shape[0] for part in parts),
         "flops": flops,
     }
+
+
+def measure_graphs(
+    run: Measurement, model: ActorCritic, minis: list[MiniBatch], estimate: Callable[[], None], update: Callable[[], None]
+) -> None:
+    """The same step with its micro-batches padded, in turn launch by launch and as CUDA graphs."""
+    graphs = model.graphs = update_graphs.UpdateGraphs()
+    estimate()
+    making = [_seconds(run.device, update) for _ in range(update_graphs.MAKE_AT)]
+    if not graphs.made:
+        run.note("the update could not be made CUDA graphs")
+        return
+    whole: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(run.sizes.repeats):
+        for on in whole:
+            graphs.on = on
+            whole[on].append(_seconds(run.device, update))
+    tokens = sum(part.computed.n_tokens for mini in minis for part in mini.parts)
+    run.figure("padded ms per step", [1e3 * s for s in whole[False]], "ms", "lower")
+    run.figure("ms per step as CUDA graphs", [1e3 * s for s in whole[True]], "ms", "lower")
+    ratios = [graph / plain for plain, graph in zip(whole[False], whole[True], strict=True)]
+    run.figure("CUDA graphs / without", ratios, "ratio", "lower")
+    run.figure("ms of a step that makes them", [1e3 * max(making[1:])], "ms")
+    run.figure("padded tokens", [tokens], "tokens", "lower")
 
 
 def forward_backward(model: ActorCritic, minis: list[MiniBatch], config: Config, device: torch.device) -> list[float]:

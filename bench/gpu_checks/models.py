@@ -1,4 +1,5 @@
-"""Cases of whole models: what `patch_peft` computes is what peft computes, and decoding by replay what decoding computes."""
+"""Cases of whole models: what `patch_peft` computes is what peft computes, and decoding and updates by replay are what they are
+without."""
 
 import copy
 from typing import Any
@@ -7,7 +8,7 @@ import torch
 
 from fastppo_kernels.patch_peft import patch_peft
 
-from .case import Case, Inputs, Results, randint
+from .case import Case, Inputs, Results, randint, randn
 
 
 def _llama(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
@@ -66,8 +67,72 @@ def _steps(inputs: Inputs, backend: Any) -> Results:
     return found
 
 
+def _updates(inputs: Inputs, backend: Any) -> Results:
+    """How many entries of a micro-batch's gradients and metrics are not, to the bit, those of the same launches without a
+    graph, which was made of another micro-batch with another adapter; and whether one is missing where it is expected."""
+    import numpy as np
+
+    from fastppo.algorithms import ppo
+    from fastppo.algorithms.optim import make_optimizer
+    from fastppo.batch.rollout import MiniBatch, Rollout, Sample, pack_rollout
+    from fastppo.config import Config, LoraConfig, PpoConfig
+    from fastppo.model import update_graphs
+    from fastppo.model.actor_critic import ActorCritic
+    from fastppo.model.load import Base
+
+    config = Config(lora=LoraConfig(rank=8), ppo=PpoConfig(minibatches=1, max_grad_norm=1e9), micro_batch_tokens=512)
+    base = Base(copy.deepcopy(inputs["model"]).requires_grad_(False), None, (), "llama")  # type: ignore[arg-type]
+    model = ActorCritic(base, config)
+    graphs = model.graphs = update_graphs.UpdateGraphs()
+    if inputs["model"].dtype == torch.float64:  # of which the engine knows nothing: what is right
+        return {"differing": torch.zeros(2, dtype=torch.int64, device=model.device)}
+    replays = backend != "torch" and update_graphs.usable(model.backbone)
+    optimizer = make_optimizer(model.trainable(), 1e-3, 1e-5)
+
+    def prepared(shift: int) -> MiniBatch:
+        """Of the same lengths whatever the shift, but for the last prompt's."""
+        ids = ((inputs["ids"] + shift) % 500).tolist()
+        prompts = [[7, 8, *row[:3]] for row in ids[:4]] + [[7, *ids[4][: 2 + shift]]]
+        answers = [[5 + i, *ids[i][: 1 + i % 4]] for i in range(10)]
+        samples = [Sample(i // 2, answer, [-6.2] * len(answer), "length", "") for i, answer in enumerate(answers)]
+        rollout = Rollout(prompts, samples)
+        [mini] = pack_rollout(
+            rollout, minibatches=1, budget=512, padded=False, device=model.device, rng=np.random.default_rng(0)
+        )
+        ppo.estimate(model, [mini], rollout, [float(i % 3) for i in range(10)], 0.1, config)
+        return mini
+
+    def gradients(mini: MiniBatch, on: bool) -> list[torch.Tensor]:
+        graphs.on = on
+        [metrics], norm = ppo._gradients(model, optimizer, mini, 0.1, config, False)
+        return [p.grad.clone() for p in model.trainable() if p.grad is not None] + [*metrics.values(), norm]
+
+    def move(seed: int) -> None:
+        with torch.no_grad():
+            for i, p in enumerate(model.trainable()):
+                p.copy_(randn(p.device, 100 * seed + i, *p.shape, scale=0.05))
+
+    move(1)
+    first, second = prepared(0), prepared(1)
+    for _ in range(update_graphs.MAKE_AT):
+        gradients(first, replays)
+    missing = torch.tensor(int(replays and len(graphs.made) != 1), device=model.device)
+    move(2)
+    pairs = zip(gradients(second, replays), gradients(second, False), strict=True)
+    return {"differing": torch.stack([sum((a != b).sum() for a, b in pairs), missing])}  # type: ignore[list-item]
+
+
 def cases() -> list[Case]:
     return [
+        Case(
+            "updates as CUDA graphs",
+            ("decoder_layer", "linear_ppo_loss", "ppo_value_loss"),
+            _plain_llama,
+            _updates,
+            (),
+            _plain_llama,
+            checks=("error", "determinism"),
+        ),
         Case(
             "decoding steps as CUDA graphs",
             ("decoder_layer",),

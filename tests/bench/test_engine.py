@@ -1,6 +1,7 @@
 """`python -m bench.engine` and the random models: what is counted, what is kept, and what a second run does."""
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bench.record import Record
 from fastppo.algorithms import ppo
 from fastppo.batch.rollout import pack_rollout
 from fastppo.batch.token_tree import build_tree
+from fastppo.rollout import step_graphs
 from fastppo.rollout.sampler import Sampling, generate
 
 CPU = torch.device("cpu")
@@ -176,6 +178,26 @@ def test_the_share_is_of_the_measured_rate(quick, tmp_path):
     trees = record.data["trees"]["64"]
     seconds = trees["tokens"] / record.figures["tokens/s"].value
     assert record.figures["MFU"].value == pytest.approx(100 * sum(trees["flops"].values()) / seconds / 1e12)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_update_is_measured_with_graphs_too(quick, tmp_path, monkeypatch, fails):
+    def make(self, step):
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: None, step()
+
+    monkeypatch.setattr(engine.update_graphs, "usable", lambda _: True)
+    monkeypatch.setattr(step_graphs.Maker, "make", make)
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs") if fails else nullcontext():
+        assert engine.measure("update", "tiny", CPU, tmp_path / "u.json", soon(), SIZES) == 0
+    found = Record.load(tmp_path / "u.json")
+    names = ("padded ms per step", "ms per step as CUDA graphs", "CUDA graphs / without", "ms of a step that makes them")
+    assert all((name in found.figures) is not fails for name in names)
+    assert ("the update could not be made CUDA graphs" in found.notes) is fails
+    if not fails:
+        assert found.figures["padded tokens"].value > found.data["trees"]["64"]["tokens"]
+        assert found.figures["CUDA graphs / without"].value < 0.9, "nothing is computed by these"
 
 
 def test_where_the_first_does_not_fit_the_next_stands_for_it(quick, tmp_path, monkeypatch):
