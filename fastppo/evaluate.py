@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastppo import config as config_module
+from fastppo import files
 from fastppo.batch.encode import encode_answer, encode_prompts
 from fastppo.config import Config
 from fastppo.errors import UserError
@@ -150,6 +151,22 @@ def with_interval(task: Task, data: LabelledPrompts, result: Evaluation, seed: i
     for name, (low, high) in task.intervals(data.examples, result.scored, seed).items():
         row |= {f"{name}_low": low, f"{name}_high": high}
     return {**row, "n": len(data)}
+
+
+def write_answers(run: Path, stage: str, data: LabelledPrompts, result: Evaluation) -> None:
+    """Write ``answers/STAGE.jsonl``, one object an example, in their order: where the example stands (``origin``), its
+    ``fields`` and ``label``, the ``answer`` as the policy wrote it, and what that says (``predicted``, null: malformed)."""
+    folder = run / "answers"
+    with files.disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    rows = zip(data.examples, result.texts, result.predicted, strict=True)
+    files.write_json_lines(
+        folder / f"{stage}.jsonl",
+        (
+            {"origin": e.origin, "fields": e.fields, "label": e.label, "answer": text, "predicted": predicted}
+            for e, text, predicted in rows
+        ),
+    )
 
 
 def read_adapter(adapter: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """`write_bytes` for JSON, indented; numbers that are not finite become null."""
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """`write_bytes` for one JSON object a line, which `read_json_lines` reads; numbers that are not finite become null."""
+    write_text(path, "".join(map(_json_line, rows)))
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
@@ -225,8 +234,7 @@ class JsonLines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one line and hands it to the operating system, so that it outlives this process."""
-        line = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
-        rest = memoryview(line.encode("utf-8", errors="backslashreplace"))
+        rest = memoryview(_json_line(row).encode("utf-8", errors="backslashreplace"))
         with disk_errors(self.path):
             while rest:
                 rest = rest[self._file.write(rest) :]

@@ -112,18 +112,23 @@ def memory_of_host() -> tuple[int, int | None]:
     return memory, memory_free
 
 
-def _system() -> dict[str, Any]:
+def cpu_name() -> str | None:
+    """What the processor calls itself, if that is known."""
     try:
-        cpu = re.search(r"^model name\s*:\s*(.+)$", (PROC / "cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(r"^model name\s*:\s*(.+)$", (PROC / "cpuinfo").read_text(), re.MULTILINE)
     except (OSError, ValueError):
-        cpu = None
+        found = None
+    return found[1].strip() if found else platform.processor() or None
+
+
+def _system() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, period = (_number(CGROUP / "cpu.max", pattern) for pattern in (r"^(\d+) \d+", r"^\d+ (\d+)"))
     memory, memory_free = memory_of_host()
     return {
         "os": platform.platform(),
         "machine": platform.machine(),
-        "cpu": cpu[1].strip() if cpu else platform.processor() or None,
+        "cpu": cpu_name(),
         "cores": cores,
         "cpu_limit": quota / period if quota and period and quota < cores * period else None,
         "memory": memory,

@@ -28,8 +28,9 @@ from fastppo.batch.rollout import MiniBatch, Rollout, Sample, pack_rollout
 from fastppo.budget import Prompts
 from fastppo.config import Config
 from fastppo.errors import Interrupted, UserError
-from fastppo.evaluate import LabelledPrompts, allowed_answers, check_room, encode, evaluate, with_interval
+from fastppo.evaluate import LabelledPrompts, allowed_answers, check_room, encode, evaluate, with_interval, write_answers
 from fastppo.interrupt import Interruptible
+from fastppo.machine import cpu_name
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import load_base
 from fastppo.model.nf4 import in_4_bits
@@ -221,6 +222,7 @@ class Trainer:
             summary = self.summary()
             self.tracker.table(summary)
             return summary
+        files.write_json(self.run / "setup.json", self.setup())
         self._announce()
         if self.state.stage == "zero_shot":
             self._finish_stage("zero_shot", "sft", labels=0)
@@ -294,6 +296,7 @@ class Trainer:
                 "sampler_gap": estimates.sampler_gap,
                 "tokens_tree": sum(tree.n_tokens for tree in trees),
                 "tokens_padded": sum(tree.padded_tokens for tree in trees),
+                **_reward_by_class(gold, rewards),
             }  # fmt: skip
             if self.allowed is not None:
                 metrics["constrained_mass"] = float(np.mean([s.mass for s in done.rollout.samples]))
@@ -377,6 +380,7 @@ class Trainer:
                 row = with_interval(self.task, self.dev, result, self.config.seed)
             self.state.stages[name] = {**row, "labels": labels}
             self.tracker.note(f"{name}: {shown(row)}")
+            write_answers(self.run, name, self.dev, result)
         if name == "sft" or following == "done":
             self._save_adapter()
         self.state.stage, self.state.step = following, 0
@@ -497,16 +501,28 @@ class Trainer:
         for line in self.model.plan_notices:
             note(line)
 
-    def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds."""
-        state, seconds = self.state, self.state.seconds
-        ppo_seconds = sum(seconds.get(k, 0.0) for k in PPO_PHASES)
-        dtype = str(self.model.backbone.head.weight.dtype).removeprefix("torch.")
+    def setup(self) -> dict[str, Any]:
+        """What ``setup.json`` holds from the first step on: what is trained, on what, and name and answer of each label id."""
+        device, dtype = self.model.device, str(self.model.backbone.head.weight.dtype).removeprefix("torch.")
         return {
             "task": self.config.task,
+            "labels": list(self.task.label_names),
+            "answers": [self.task.answer(label).strip() for label in range(len(self.task.label_names))],
             "model": self.config.model or "built-in",
             "data": self.dataset.summary(),
             "seed": self.config.seed,
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "dtype": f"nf4, computed in {dtype}" if in_4_bits(self.model.base.model) else dtype,
+            "versions": {"python": platform.python_version(), **_versions(self.model)},
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` holds: the set-up and the results."""
+        state, seconds = self.state, self.state.seconds
+        ppo_seconds = sum(seconds.get(k, 0.0) for k in PPO_PHASES)
+        return {
+            **self.setup(),
             "stages": state.stages,
             "best_step": state.best_step,
             "samples": state.samples,
@@ -519,9 +535,6 @@ class Trainer:
             "first_kl": state.first_kl,
             "first_log_ratio": state.first_log_ratio,
             "packed": self.model.backbone.packed,
-            "device": str(self.model.device),
-            "dtype": f"nf4, computed in {dtype}" if in_4_bits(self.model.base.model) else dtype,
-            "versions": {"python": platform.python_version(), **_versions(self.model)},
         }
 
     def _show(self, summary: Mapping[str, Any]) -> None:
@@ -541,6 +554,13 @@ class Trainer:
             if shown:
                 self.tracker.note(f"at the first PPO step: {shown}")
         self.tracker.note(f"wrote {self.run}")
+
+
+def _reward_by_class(gold: list[Any], rewards: list[float]) -> dict[str, float]:
+    """Mean reward of the answers to the examples of each class; labels that are no class ids have none."""
+    classes = sorted({label for label in gold if isinstance(label, int)})
+    of_class = {c: [reward for reward, label in zip(rewards, gold, strict=True) if label == c] for c in classes}
+    return {f"reward_class_{c}": float(np.mean(of_class[c])) for c in classes}
 
 
 def _versions(model: ActorCritic) -> dict[str, str]:

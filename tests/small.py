@@ -117,6 +117,8 @@ def outcome(run: Path) -> dict[str, Any]:
         "metrics": metrics,
         "samples": (run / "samples.jsonl").read_text(),
         "summary": {k: v for k, v in summary.items() if k not in TIMINGS},
+        "setup": (run / "setup.json").read_text(),
+        "answers": {path.name: path.read_text() for path in (run / "answers").iterdir()},
     }
 
 

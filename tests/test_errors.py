@@ -414,6 +414,8 @@ def fill_at(disk: Path, module: str, name: str, count: int) -> None:
         ("fastppo.checkpoint", "save_file", 21),
         ("fastppo.checkpoint", "save_adapter", 2),
         ("fastppo.files", "write_json", 1),
+        ("fastppo.files", "write_json_lines", 2),
+        ("fastppo.files", "write_json", 2),
     ],
     ids=lambda place: f"{place[1]}-{place[2]}",
 )

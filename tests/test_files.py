@@ -50,6 +50,16 @@ def test_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a.txt"]
 
 
+def test_json_lines_written_whole_are_read_back(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"a": 1, "text": "one\ntwo \u2028 \ud800 <b>"}, {"b": [1.5, None]}]
+    files.write_json_lines(path, [*rows, {"c": float("nan")}])
+    assert path.read_bytes().count(b"\n") == 3
+    assert files.read_json_lines(path) == [*rows, {"c": None}]
+    files.write_json_lines(path, [])
+    assert files.read_json_lines(path) == [] and names(tmp_path) == ["rows.jsonl"]
+
+
 def test_json_has_plain_numbers_and_no_nan(tmp_path):
     value = {"a": np.float32(0.5), "b": [float("nan"), np.int64(3), float("inf")], "c": Path("x"), "d": True, "e": None}
     files.write_json(tmp_path / "a.json", value)

@@ -11,6 +11,7 @@ from tiny import save_tiny_model
 
 from fastppo import checkpoint, config, trainer
 from fastppo.model.backbone import Backbone
+from fastppo.tasks.cola import COLA
 
 STAGE_FIELDS = {"mcc", "mcc_low", "mcc_high", "accuracy", "malformed", "n", "labels"}
 
@@ -27,8 +28,8 @@ def whole(world, tmp_path_factory):
 
 def test_run_folder(whole, world):
     run, _, _ = whole
-    expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "adapter", ".lock"}
-    assert {path.name for path in run.iterdir()} == expected
+    written = {"config.yaml", "setup.json", "metrics.jsonl", "samples.jsonl", "summary.json"}
+    assert {path.name for path in run.iterdir()} == written | {"answers", "checkpoints", "adapter", ".lock"}
     assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert leftovers(run) == []
     assert config.load_config({}, run / "config.yaml") == config.load_config(world.settings())
@@ -79,6 +80,38 @@ def test_samples_have_the_reward_that_their_answer_earns(whole):
     for row in lines(whole[0] / "samples.jsonl"):
         said = {"yes": 1, "no": 0}.get(row["answer"].strip().removesuffix(".").lower())
         assert row["reward"] == (-2.0 if said is None else 1.0 if said == row["label"] else -1.0)
+
+
+def test_answers_to_the_dev_examples_have_the_scores_of_the_summary(whole, world):
+    run, summary, _ = whole
+    gold = [int(row.split("\t")[1]) for row in (world.data / "dev.tsv").read_text().splitlines()]
+    for stage, row in summary["stages"].items():
+        answers = lines(run / "answers" / f"{stage}.jsonl")
+        assert [answer["label"] for answer in answers] == gold
+        assert [answer["origin"] for answer in answers] == [f"dev.tsv:{n}" for n in range(1, 21)]
+        said = [{"yes": 1, "no": 0}.get(answer["answer"].strip().removesuffix(".").lower()) for answer in answers]
+        assert [answer["predicted"] for answer in answers] == said
+        assert COLA.score(gold, said) == {name: row[name] for name in ("mcc", "accuracy", "malformed", "n")}
+    assert len({(run / "answers" / f"{stage}.jsonl").read_text() for stage in summary["stages"]}) > 1
+
+
+def test_setup_is_part_of_the_summary(whole):
+    run, summary, _ = whole
+    setup = json.loads((run / "setup.json").read_text())
+    assert setup.items() <= summary.items() and setup["labels"] == ["unacceptable", "acceptable"]
+    assert {"task", "model", "data", "seed", "device", "device_name", "dtype", "versions"} <= setup.keys()
+
+
+def test_reward_by_class(world, tmp_path):
+    run = tmp_path / "run"
+    world.train(run, ppo__samples=1, ppo__prompts=4)  # so few that all samples are in samples.jsonl
+    sampled = lines(run / "samples.jsonl")
+    assert len(sampled) == 16 and {sample["label"] for sample in sampled} == {0, 1}
+    for row in ppo_steps(run):
+        mine = [sample for sample in sampled if sample["step"] == row["step"]]
+        for label in {sample["label"] for sample in mine}:
+            rewards = [sample["reward"] for sample in mine if sample["label"] == label]
+            assert row[f"reward_class_{label}"] == pytest.approx(sum(rewards) / len(rewards))
 
 
 def test_what_is_shown(whole):
