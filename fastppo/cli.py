@@ -1,4 +1,4 @@
-"""The command line: `fastppo train | plan | eval | export | doctor`. Nothing heavy is imported before a command runs."""
+"""The command line: `fastppo train | plan | eval | report | export | doctor`. Nothing heavy is imported before one runs."""
 
 import argparse
 import dataclasses
@@ -61,6 +61,12 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     evaluate.add_argument("--task", metavar="T", help="another task than the run's, with its --data: a diagnostic set")
     evaluate.add_argument("--split", choices=("dev", "train"), default="dev", help="(default: dev)")
     evaluate.add_argument("--limit", metavar="N", help="use only the first N examples")
+
+    report = commands.add_parser(
+        "report", help="write a run's report.html, finished or not", allow_abbrev=False
+    )
+    report.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    report.add_argument("--to", metavar="FILE", type=Path, help="where to write it (default: report.html in the run folder)")
 
     export = commands.add_parser("export", help="write a run's adapter, or a merged model", allow_abbrev=False)
     export.add_argument("run", metavar="RUN", type=Path, help="run folder")
@@ -215,6 +221,17 @@ def _eval(args: argparse.Namespace) -> None:
     evaluate.evaluate_run(run, args.data, args.split, limit, _console(), args.task)
 
 
+def _report(args: argparse.Namespace) -> None:
+    run = _existing(args.run)
+    if args.to is not None and args.to.suffix != ".html":  # no other file is ever written over
+        raise UserError(f"--to: {args.to} is not allowed; expected a name that ends in .html")
+    from fastppo import report
+
+    to = args.to or run / report.NAME
+    report.write_report(run, to)
+    _console().print(f"wrote {printable(str(to))}", markup=False, soft_wrap=True)
+
+
 def _export(args: argparse.Namespace) -> None:
     run = _existing(args.run)
     if not files.is_unused(args.to):
@@ -239,7 +256,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 # What a command returns is the exit code, None for 0.
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "train": _train, "plan": _plan, "eval": _eval, "export": _export, "doctor": _doctor,
+    "train": _train, "plan": _plan, "eval": _eval, "report": _report, "export": _export, "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -52,6 +52,8 @@ PACKAGES = {
     "scikit-learn": Package("sklearn", "metrics"),
     "rich": Package("rich", "the display"),
     "pyyaml": Package("yaml", "settings from files"),
+    "jinja2": Package("jinja2", "reports"),
+    "markupsafe": Package("markupsafe", "reports"),
     "bitsandbytes": Package("bitsandbytes", "bases in 4 bits (NF4)"),
     "flash-attn": Package("flash_attn", "attention on a GPU in half precision, with windows and softcap"),
     "xformers": Package("xformers", "attention on a GPU in float32 and for large heads"),

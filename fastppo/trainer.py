@@ -18,7 +18,7 @@ import numpy as np
 import rich.console
 import torch
 
-from fastppo import __version__, checkpoint, files
+from fastppo import __version__, checkpoint, files, report
 from fastppo import config as config_module
 from fastppo.algorithms import optim, ppo
 from fastppo.algorithms.ppo import Estimates
@@ -219,6 +219,8 @@ class Trainer:
             self.tracker.note(f"run {self.run}: is finished already, nothing to do")
             if not (self.run / "adapter").is_dir():
                 self._save_adapter()
+            if not (self.run / report.NAME).is_file():
+                report.write_report(self.run, self.run / report.NAME)
             summary = self.summary()
             self.tracker.table(summary)
             return summary
@@ -234,6 +236,7 @@ class Trainer:
             self._finish_stage("ppo", "done", labels=self._labels_seen(), skipped=self.config.ppo.iterations == 0)
         summary = self.summary()
         files.write_json(self.run / "summary.json", summary)
+        report.write_report(self.run, self.run / report.NAME)
         self._show(summary)
         return summary
 
@@ -553,7 +556,7 @@ class Trainer:
             shown = ", ".join(f"{name} {value:g}" for name, value in first if value is not None)
             if shown:
                 self.tracker.note(f"at the first PPO step: {shown}")
-        self.tracker.note(f"wrote {self.run}")
+        self.tracker.note(f"wrote {self.run}; open {self.run / report.NAME} in a browser")
 
 
 def _reward_by_class(gold: list[Any], rewards: list[float]) -> dict[str, float]:

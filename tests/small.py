@@ -117,6 +117,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "metrics": metrics,
         "samples": (run / "samples.jsonl").read_text(),
         "summary": {k: v for k, v in summary.items() if k not in TIMINGS},
+        "report": (run / "report.html").is_file(),  # of timings too, and of the run's name
         "setup": (run / "setup.json").read_text(),
         "answers": {path.name: path.read_text() for path in (run / "answers").iterdir()},
     }

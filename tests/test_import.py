@@ -36,6 +36,7 @@ def loaded_by(code: str) -> set[str]:
         "from fastppo.cli import main; assert main(['train', '--help']) == 0",
         "from fastppo.cli import main; assert main(['train', '--ppo-lr', '0']) == 2",
         "import fastppo.track",
+        "import fastppo.report",
     ],
 )
 def test_the_command_line_loads_nothing_heavy(code):

@@ -28,7 +28,7 @@ def whole(world, tmp_path_factory):
 
 def test_run_folder(whole, world):
     run, _, _ = whole
-    written = {"config.yaml", "setup.json", "metrics.jsonl", "samples.jsonl", "summary.json"}
+    written = {"config.yaml", "setup.json", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"}
     assert {path.name for path in run.iterdir()} == written | {"answers", "checkpoints", "adapter", ".lock"}
     assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert leftovers(run) == []
