@@ -37,6 +37,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -332,11 +333,11 @@ def sampler_steps(model: ActorCritic, prompts: list[list[int]], steps: int) -> l
 
 @torch.no_grad()
 def decoder_steps(model: ActorCritic, prompts: list[list[int]], steps: int) -> list[float]:
-    """Seconds of each step of the decoder alone: embedding, layers, last norm."""
+    """Seconds of each step of the decoder alone: embedding, layers, last norm; nothing is drawn."""
     decoder = make_decoder(model.backbone, prompts, 1, len(prompts), steps + 1, model.micro_batch_tokens)
     decoder.admit(prompts)
-    tokens = torch.full((len(prompts),), 5, device=model.device)
-    return [_seconds(model.device, lambda: decoder.step(tokens)) for _ in range(steps + 1)][1:]
+    rows: Any = SimpleNamespace(tokens=torch.full((len(prompts),), 5, device=model.device), state=(), draw=lambda hidden: None)
+    return [_seconds(model.device, lambda: decoder.step(rows)) for _ in range(steps + 1)][1:]
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from fastppo.model.adapters import POLICY, adapter_tensors
 from fastppo.model.llama_trunk import window_of
 from fastppo.rollout.cache import PAGE, pages_of
 from fastppo.rollout.decoder import FOLD_FROM
+from fastppo.rollout.step_graphs import GRAPHS_FROM
 from fastppo_kernels import AttentionMemory, TreeLayout, attention_memory, row_multiple
 
 GIB = 1 << 30
@@ -298,8 +299,12 @@ class Budget:
         if sizes.layer is not None:
             prefill += memory.layer_forward(sizes.layer, self._machine, Batch(at_once, at_once, at_once))
         yield Part("prefill", "sampling", prefill, f"keys and values of {at_once:,} tokens, and a layer's forward")
+        copies = "two float32 copies"
         logits = slots * sizes.vocab * (sizes.itemsize + 8)
-        yield Part("logits", "sampling", logits, f"{slots:,} rows of {sizes.vocab:,}, and two float32 copies")
+        if self.device.cuda and sizes.layer is not None and config.sample.max_new_tokens >= GRAPHS_FROM:
+            # The draw's kernels copy nothing, but CUDA graphs have memory of their own.
+            copies, logits = "a float32 copy, both in CUDA graphs once more", 2 * slots * sizes.vocab * (sizes.itemsize + 4)
+        yield Part("logits", "sampling", logits, f"{slots:,} rows of {sizes.vocab:,}, and {copies}")
         folds = not self.device.cuda and sizes.itemsize == 4 and sizes.layer is not None and sizes.layer.fused
         if folds and config.sample.max_new_tokens >= FOLD_FROM:
             yield Part("folded weights", "sampling", 4 * sizes.linear, "linear layers with the adapter in them, on a CPU")

@@ -61,10 +61,10 @@ def limit_backward(patch: pytest.MonkeyPatch, most: int) -> None:
 def limit_slots(patch: pytest.MonkeyPatch, most: int) -> None:
     real = PackedDecoder.step
 
-    def limited(self, tokens_B):
+    def limited(self, rows):
         if self.slots > most:
             run_out(self.slots)
-        return real(self, tokens_B)
+        return real(self, rows)
 
     patch.setattr(PackedDecoder, "step", limited)
 
@@ -166,11 +166,11 @@ def test_what_was_handed_on_is_not_handed_on_again(monkeypatch):
     expected, handed = generate(model, prompts, 2, sampling, seed=3), []
     real, steps = PackedDecoder.step, []
 
-    def limited(self, tokens_B):
+    def limited(self, rows):
         steps.append(self.slots)
         if len(steps) == 9:
-            run_out(len(tokens_B))
-        return real(self, tokens_B)
+            run_out(self.slots)
+        return real(self, rows)
 
     monkeypatch.setattr(PackedDecoder, "step", limited)
     found = generate(model, prompts, 2, sampling, seed=3, finished=lambda *sample: handed.append(sample))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastppo_kernels import sample
 from fastppo_kernels.patch_peft import patch_peft
 
 from .case import Case, Inputs, Results, randint, randn
@@ -45,10 +46,30 @@ def _plain_llama(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
     return {"model": LlamaForCausalLM(config).to(device, dtype).eval(), "ids": randint(device, seed, 500, 10, 5)}
 
 
+class _Rows:
+    """What `PackedDecoder` draws for: what it saw and drew can be looked at."""
+
+    def __init__(self, head: Any, slots: int):
+        device = head.weight.device
+        self.head = head
+        self.tokens, self.ids, self.drawn = torch.arange(3 * slots, device=device).view(3, slots)
+        self.hidden = torch.zeros(slots, head.weight.shape[1], dtype=head.weight.dtype, device=device)
+        self.state = (self.tokens, self.drawn, self.hidden)
+
+    def draw(self, hidden_RH: torch.Tensor) -> None:
+        rows = len(hidden_RH)
+        self.hidden[:rows] = hidden_RH
+        self.drawn[:rows] = self.again(rows)
+
+    def again(self, rows: int) -> torch.Tensor:
+        ids = self.ids[:rows]
+        return sample(self.head.logits(self.hidden[:rows]), seed=0, sequence_ids_B=ids, step_B=torch.zeros_like(ids))[0]
+
+
 @torch.no_grad()
 def _steps(inputs: Inputs, backend: Any) -> Results:
-    """Hidden states of ten steps of five sequences, the second of which ends after five. On a GPU, and but for the torch form,
-    the last of each five are a CUDA graph's replays."""
+    """Hidden states of ten steps of five sequences, the second of which ends after five, and which tokens were not those that
+    are drawn from them: none. On a GPU, and but for the torch form, the last of each five are a CUDA graph's replays."""
     from fastppo.model.backbone import Backbone
     from fastppo.rollout.decoder import PackedDecoder
     from fastppo.rollout.step_graphs import GRAPHS_FROM
@@ -59,9 +80,13 @@ def _steps(inputs: Inputs, backend: Any) -> Results:
     if backend == "torch":
         decoder.graphs = None
     decoder.admit(prompts)
-    found, order = {}, list(range(5))
+    found, order, rows = {}, list(range(5)), _Rows(backbone.head, 6)
     for i, ids in enumerate(inputs["ids"]):
-        found[f"step {i}"] = decoder.step(ids[torch.tensor(order, device=ids.device)]).clone()
+        here = slice(len(order))
+        rows.tokens[here] = ids[torch.tensor(order, device=ids.device)]
+        decoder.step(rows)
+        found[f"step {i}"] = rows.hidden[here].clone()
+        found[f"other draws {i}"] = (rows.drawn[here] != rows.again(len(order))).to(rows.hidden.dtype)
         if i == 4:
             order = [order[place] for place in decoder.keep([0, 2, 3, 4])]
     return found
@@ -135,7 +160,7 @@ def cases() -> list[Case]:
         ),
         Case(
             "decoding steps as CUDA graphs",
-            ("decoder_layer",),
+            ("decoder_layer", "sample"),
             _plain_llama,
             _steps,
             (),

@@ -120,19 +120,20 @@ class UpdateGraphs:
         """Whether it could be made. The gradients are as before."""
         sums, before = self.sums, [total.clone() for total in self.sums]
         names: list[str] = []
+        found: list[Tensor] = []  # at the end what the captured step leaves; read before another graph can overwrite it
         inputs = _copy(part)
         denominator = torch.ones((), device=inputs.computed.token_ids.device)
 
-        def step() -> Tensor:
+        def step() -> None:
             value, metrics = loss(_with_new_layout(inputs), denominator)
             # Not `backward`: gradients are to be added where they lie, on the stream that is captured.
             torch._foreach_add_(sums, torch.autograd.grad(value, parameters))
             names[:] = metrics
-            return torch.stack(list(metrics.values()))
+            found[:] = [torch.stack(list(metrics.values()))]
 
         try:
-            replay, metrics = self.maker.make(step)
-            self.made[key] = _Made(replay, inputs, denominator, metrics, tuple(names))
+            replay = self.maker.make(step)
+            self.made[key] = _Made(replay, inputs, denominator, found[0], tuple(names))
         except RuntimeError as error:  # whatever CUDA does not let a graph do
             self.drop()
             first = "out of memory" if is_out_of_memory(error) else str(error).splitlines()[0]

@@ -27,6 +27,12 @@ def pages_of(slots: int, samples: int, longest: int, new: int) -> int:
     return 1 + slots * alone + -(-slots // samples) * together
 
 
+def on_device(numbers: list[int] | np.ndarray, device: torch.device) -> Tensor:
+    """As int64, from memory that a GPU reads by itself: the host does not wait until it is done with what came before."""
+    tensor = torch.as_tensor(numbers, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class Cache(Protocol):
     own: Layers  # as `DecodeContext` wants them; empty until the first sequences come
 
@@ -58,7 +64,7 @@ class Lines:
         if not self.own:
             shapes = [[(self.slots, x.shape[1], self.capacity, x.shape[2]) for x in layer] for layer in kept]
             self.own = [(k.new_zeros(a), v.new_zeros(b)) for (k, v), (a, b) in zip(kept, shapes, strict=True)]
-        source = torch.as_tensor(paths.clip(min=0), device=self.device).repeat_interleave(self.samples, 0)
+        source = on_device(paths.clip(min=0), self.device).repeat_interleave(self.samples, 0)
         stop = rows + len(source)
         for caches, layer in zip(self.own, kept, strict=True):
             for cache, new in zip(caches, layer, strict=True):
@@ -72,7 +78,7 @@ class Lines:
         moves = [(to, source) for to, source in enumerate(order) if to != source]
         if moves:
             longest = max(used[source] for _, source in moves)
-            to, source = torch.tensor(moves, device=self.device).unbind(1)
+            to, source = on_device(np.array(moves), self.device).unbind(1)
             for cache in (cache for layer in self.own for cache in layer):
                 cache[to, :, :longest] = cache[source, :, :longest]
 
@@ -130,13 +136,12 @@ class Pages:
                 page.append(mine[:1].repeat(len(rest)))
             rows += self.samples
         # Each page is filled from its first place on.
-        place = np.concatenate([np.arange(len(part)) % PAGE for part in page])
-        where = [torch.as_tensor(np.concatenate(x), device=self.device).long() for x in (source, page)]
-        at = torch.as_tensor(place, device=self.device)
+        place = [np.arange(len(part)) % PAGE for part in page]
+        at, to, line = (on_device(np.concatenate(x), self.device) for x in (place, page, source))
         for caches, layer in zip(self.own, kept, strict=True):
             for cache, new in zip(caches, layer, strict=True):
-                cache[where[1], :, at] = new[where[0]]
-        self.table[start:rows] = torch.as_tensor(self.host[start:rows], device=self.device)
+                cache[to, :, at] = new[line]
+        self.table[start:rows] = on_device(self.host[start:rows], self.device)
 
     def pages(self, rows: int, longest: int) -> Tensor:
         return self.table[:rows, : -(-longest // PAGE)]
@@ -148,5 +153,5 @@ class Pages:
         self.free += ended[self.users[ended] == 0].tolist()
         self.host[: len(order)] = self.host[order]
         self.host[len(order) : rows] = 0
-        self.table[: len(order)] = self.table[torch.tensor(order, dtype=torch.int64, device=self.device)]
+        self.table[: len(order)] = self.table[on_device(order, self.device)]
         self.table[len(order) : rows] = 0

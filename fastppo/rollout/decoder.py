@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,21 @@ from transformers import DynamicCache
 from fastppo.batch.token_tree import build_tree, common_prefix, cut_by_tokens
 from fastppo.model.attention import DecodeContext, TreeContext
 from fastppo.model.backbone import Backbone
-from fastppo.rollout.cache import Cache, Lines, Pages
+from fastppo.rollout.cache import Cache, Lines, Pages, on_device
 from fastppo.rollout.step_graphs import StepGraphs, usable
+
+
+class Rows(Protocol):
+    """What is drawn for the running sequences, a row each: buffers, of which a CUDA graph remembers where they lie.
+
+    tokens: [slots] int64, the newest of each sequence. state: all buffers that ``draw`` changes, ``tokens`` too.
+    """
+
+    tokens: Tensor
+    state: tuple[Tensor, ...]
+
+    def draw(self, hidden_RH: Tensor) -> None:
+        """Draw the next token of the first R rows, of which the last may be nobody's."""
 
 
 class Decoder(Protocol):
@@ -26,8 +40,8 @@ class Decoder(Protocol):
     def admit(self, prompts: list[list[int]]) -> Tensor:
         """Start all samples of each prompt behind the running sequences; hidden state [N, H] of each prompt's end."""
 
-    def step(self, tokens_B: Tensor) -> Tensor:
-        """Feed each running sequence its newest token; hidden states [B, H]."""
+    def step(self, rows: Rows) -> None:
+        """Feed each running sequence its newest token, and let ``rows`` (the same each time) draw from the hidden states."""
 
     def keep(self, running: list[int]) -> list[int]:
         """Let all sequences go but those at these places; returns the old places in their new order."""
@@ -63,7 +77,7 @@ class PackedDecoder:
         longest = max(len(p) for p in prompts) - self.root_length
         cache = Pages if in_pages(self.device) else Lines
         self.cache: Cache = cache(slots, samples, longest, max_new_tokens, self.device)
-        self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=self.device)  # 0: nobody's
         self.host_lengths: list[int] = []
         # The policy stands still while it samples. In float32 on the CPU its adapters may then become part of copies of the
         # weights: each of many steps has a third of the products to start. Half precision would round away what was learned.
@@ -75,15 +89,14 @@ class PackedDecoder:
         return self.cache.room(len(self.host_lengths), [len(p) - self.root_length for p in prompts])
 
     def admit(self, prompts: list[list[int]]) -> Tensor:
-        ends = []
+        ends, before = [], len(self.host_lengths)
         sizes = [len(p) - self.root_length for p in prompts]
         for batch in cut_by_tokens(sizes, 0, self.budget):
             end, kept, tree = self._prefill([prompts[i] for i in batch], self.root_length)
             ends.append(end)
             self.cache.fill(len(self.host_lengths), kept, tree.paths[:, self.root_length :] - self.root_length)
             self.host_lengths += [sizes[i] for i in batch for _ in range(self.samples)]
-        new = self.host_lengths[len(self.lengths) :]
-        self.lengths = torch.cat([self.lengths, torch.tensor(new, dtype=torch.int64, device=self.device)])
+        self.lengths[before : len(self.host_lengths)] = on_device(self.host_lengths[before:], self.device)
         return torch.cat(ends)
 
     def _prefill(self, sequences: list[list[int]], past: int = 0):
@@ -93,19 +106,24 @@ class PackedDecoder:
         kept = [context.kept[layer] for layer in sorted(context.kept)]
         return hidden, kept, tree
 
-    def step(self, tokens_B: Tensor) -> Tensor:
-        self.lengths = self.lengths + 1
+    def step(self, rows: Rows) -> None:
         self.host_lengths = [n + 1 for n in self.host_lengths]
-        longest = max(self.host_lengths)
-        if self.graphs is not None:
-            return self.graphs.step(self._run, tokens_B, self.lengths, longest)
-        return self._run(tokens_B, self.lengths, longest)
+        run, size = partial(self._run, rows), (len(self.host_lengths), max(self.host_lengths))
+        if self.graphs is None:
+            run(*size)
+        else:
+            self.graphs.step(run, *size, (self.lengths, *rows.state))
 
-    def _run(self, tokens_B: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
-        own, pages = self.cache.own, self.cache.pages(len(tokens_B), longest)
+    def _run(self, rows: Rows, count: int, longest: int) -> None:
+        """Of the first ``count`` rows. Those behind the running ones write to the first place of a page or line that is
+        nobody's."""
+        lengths = self.lengths[:count]
+        lengths += lengths.sign()
+        lengths = lengths.clamp(min=1)
+        own, pages = self.cache.own, self.cache.pages(count, longest)
         root = self.root or [(k[0, :, :0].transpose(0, 1), v[0, :, :0].transpose(0, 1)) for k, v in own]
-        context = DecodeContext(root, own, lengths_B, longest, self.folded, pages)
-        return self.backbone.run(tokens_B, self.root_length + lengths_B - 1, context)
+        context = DecodeContext(root, own, lengths, longest, self.folded, pages)
+        rows.draw(self.backbone.run(rows.tokens[:count], self.root_length + lengths - 1, context))
 
     def keep(self, running: list[int]) -> list[int]:
         n = len(running)
@@ -115,7 +133,8 @@ class PackedDecoder:
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
         self.cache.keep(len(self.host_lengths), order, self.host_lengths)
-        self.lengths = self.lengths[torch.tensor(order, dtype=torch.int64, device=self.device)]
+        self.lengths[:n] = self.lengths[on_device(order, self.device)]
+        self.lengths[n : len(self.host_lengths)] = 0
         self.host_lengths = [self.host_lengths[i] for i in order]
         return order
 
@@ -156,12 +175,12 @@ class PaddedDecoder:
         self.mask = self.mask[places]
         self.running = places.shape[0]
 
-    def step(self, tokens_B: Tensor) -> Tensor:
+    def step(self, rows: Rows) -> None:
         self.mask = torch.cat([self.mask, self.mask.new_ones(self.running, 1)], 1)
-        return self._run(tokens_B[:, None], self.mask.sum(1, keepdim=True) - 1)
+        rows.draw(self._run(rows.tokens[: self.running, None], self.mask.sum(1, keepdim=True) - 1))
 
     def keep(self, running: list[int]) -> list[int]:
-        self._select(torch.tensor(running, dtype=torch.int64, device=self.device))
+        self._select(on_device(running, self.device))
         return running
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from fastppo.batch.rollout import Rollout, Sample
 from fastppo.config import Config
 from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.out_of_memory import with_less_memory
+from fastppo.rollout.cache import on_device
 from fastppo.rollout.decoder import make_decoder
 from fastppo.rollout.trie import TokenTrie
 from fastppo.tasks.task import CLOSING
@@ -45,13 +47,79 @@ class Sampling:
         return replace(Sampling.of(config), temperature=0.0, top_k=0, top_p=1.0)
 
 
+# Draws that the host has not looked at when it asks for the next step: while it looks, the GPU is at work. A sequence that has
+# ended meanwhile is drawn one token too many for, which is dropped. A CPU would only do that work in vain.
+LAG = {"cuda": 1}
+
+
 @dataclass
 class _Running:
     index: int  # place in the result
     prompt: int
-    tokens: list[int]
-    logprobs: list[float]
+    drawn: int = 0  # tokens, also those that the host does not know yet
+    ended: bool = False
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     log_mass: float = 0.0
+
+
+class _Rows:
+    """What is drawn for running sequences, see ``fastppo.rollout.decoder.Rows``."""
+
+    def __init__(self, model: ActorCritic, sampling: Sampling, slots: int, seed: int, answers: TokenTrie | None):
+        self.head, self.sampling, self.seed, self.answers = model.backbone.head, sampling, seed, answers
+        # The newest token, the sequence's id, how many tokens it has, and its node of ``answers``.
+        self.numbers = torch.zeros(4, slots, dtype=torch.int64, device=model.device)
+        self.tokens, self.ids, self.steps, self.nodes = self.numbers
+        # Token, log-prob and the log of the answers' mass, all exact in float64: a single copy brings them to the host.
+        self.drawn = torch.zeros(slots, 3, dtype=torch.float64, device=model.device)
+        self.state: tuple[torch.Tensor, ...] = (self.numbers, self.drawn)
+
+    def admit(self, rows: slice, first_id: int, logits: torch.Tensor) -> None:
+        """The first tokens of sequences whose ids count up from ``first_id``."""
+        self.numbers[:, rows] = 0
+        self.ids[rows] = torch.arange(first_id, first_id + len(logits), device=logits.device)
+        self._draw(rows, logits)
+
+    def draw(self, hidden_RH: torch.Tensor) -> None:
+        self._draw(slice(len(hidden_RH)), self.head.logits(hidden_RH))
+
+    def _draw(self, rows: slice, logits: torch.Tensor) -> None:
+        s, answers, nodes = self.sampling, self.answers, self.nodes[rows]
+        tokens, logprobs = sample(
+            logits if answers is None else answers.among(logits, nodes),
+            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=self.seed, sequence_ids_B=self.ids[rows],
+            step_B=self.steps[rows],
+        )  # fmt: skip
+        if answers is not None:  # drawn are places among what may follow
+            tokens, self.nodes[rows] = answers.follow(nodes, tokens)
+            among = logprobs
+            logprobs, _ = token_logprob(logits, tokens, temperature=s.temperature or 1.0)
+            self.drawn[rows, 2] = (logprobs - among).double()
+        self.tokens[rows] = tokens
+        self.steps[rows] += 1
+        self.drawn[rows, 0], self.drawn[rows, 1] = tokens.double(), logprobs.double()
+
+    def read(self, rows: slice) -> Callable[[], list[list[float]]]:
+        """Waits for what was drawn last: of each row token, log-prob and log of the mass. Others may be drawn
+        before it is called."""
+        drawn = self.drawn[rows]
+        if not drawn.is_cuda:
+            found = drawn.tolist()
+            return lambda: found
+        host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+        host.copy_(drawn, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+
+        def wait() -> list[list[float]]:
+            there.synchronize()
+            return host.tolist()
+
+        return wait
+
+    def keep(self, order: list[int]) -> None:
+        self.numbers[:, : len(order)] = self.numbers[:, on_device(order, self.numbers.device)]
 
 
 @torch.no_grad()
@@ -120,66 +188,60 @@ def _generate(
     end: Callable[[int, Sample], None],
     check: Callable[[], None],
 ) -> None:
-    head, tokenizer, eos = model.backbone.head, model.base.tokenizer, frozenset(model.base.eos_ids)
-    decoder = make_decoder(
-        model.backbone, prompts, samples, slots, sampling.max_new_tokens, model.micro_batch_tokens
-    )
+    tokenizer, eos = model.base.tokenizer, frozenset(model.base.eos_ids)
+    decoder = make_decoder(model.backbone, prompts, samples, slots, sampling.max_new_tokens, model.micro_batch_tokens)
+    rows = _Rows(model, sampling, slots, seed, answers)
     running: list[_Running] = []
+    unread: deque[tuple[list[_Running], Callable[[], list[list[float]]]]] = deque()  # of each draw, whose it is
     waiting = 0  # the first prompt not yet admitted
 
-    def draw(
-        logits: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, nodes: torch.Tensor, members: list[_Running]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, logprobs = sample(
-            logits if answers is None else answers.among(logits, nodes),
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed, sequence_ids_B=ids,
-            step_B=steps,
-        )  # fmt: skip
-        if answers is not None:  # drawn are places among what may follow
-            tokens, nodes = answers.follow(nodes, tokens)
-            among = logprobs
-            logprobs, _ = token_logprob(logits, tokens, temperature=sampling.temperature or 1.0)
-            for member, log_mass in zip(members, (logprobs - among).tolist(), strict=True):
-                member.log_mass += log_mass
-        for member, token, logprob in zip(members, tokens.tolist(), logprobs.tolist(), strict=True):
-            member.tokens.append(token)
-            member.logprobs.append(logprob)
-        return tokens, nodes
+    def drawn(first: int) -> None:
+        """There are new tokens from the ``first`` running sequence on."""
+        members = running[first:]
+        for member in members:
+            member.drawn += 1
+        unread.append((members, rows.read(slice(first, len(running)))))
 
-    # Of each running sequence the newest token, its id, how many tokens it has and its node of ``answers``.
-    tokens, ids, steps, nodes = torch.zeros(4, 0, dtype=torch.int64, device=model.device)
+    def look() -> None:
+        """At the oldest draw that the host does not know."""
+        members, found = unread.popleft()
+        for member, (token, logprob, log_mass) in zip(members, found(), strict=True):
+            if member.ended:
+                continue
+            member.tokens.append(int(token))
+            member.logprobs.append(logprob)
+            member.log_mass += log_mass
+            finish, text = _finish(member.tokens, eos, tokenizer, sampling)
+            if finish is not None:
+                mass = min(1.0, math.exp(member.log_mass))
+                end(member.index, Sample(member.prompt, member.tokens, member.logprobs, finish, text, mass))
+                member.ended = True
+
     while running or waiting < len(prompts):
         check()
         if running:
-            tokens, nodes = draw(head.logits(decoder.step(tokens)), ids, steps, nodes, running)
-            steps = steps + 1
+            decoder.step(rows)
+            drawn(0)
         admitted = decoder.room(prompts[waiting : waiting + slots // samples])
         if running and admitted < min(len(prompts) - waiting, slots // samples // 4):
             admitted = 0  # a refill costs a prefill call: wait until it is worth one
         if admitted:
-            chosen = range(waiting, waiting + admitted)
-            new = [_Running(p * samples + k, p, [], []) for p in chosen for k in range(samples)]
+            chosen, before = range(waiting, waiting + admitted), len(running)
             ends = decoder.admit([prompts[p] for p in chosen])
-            new_ids = torch.arange(waiting * samples, (waiting + admitted) * samples, device=model.device) + first_id
-            zeros = torch.zeros_like(new_ids)  # step 0, at node 0
-            first, behind = draw(head.logits(ends).repeat_interleave(samples, 0), new_ids, zeros, zeros, new)
-            tokens, ids = torch.cat([tokens, first]), torch.cat([ids, new_ids])
-            steps, nodes = torch.cat([steps, torch.ones_like(new_ids)]), torch.cat([nodes, behind])
-            running += new
+            running += [_Running(p * samples + k, p) for p in chosen for k in range(samples)]
+            logits = model.backbone.head.logits(ends).repeat_interleave(samples, 0)
+            rows.admit(slice(before, len(running)), first_id + waiting * samples, logits)
+            drawn(before)
             waiting += admitted
-        going = []
-        for place, member in enumerate(running):
-            finish, text = _finish(member.tokens, eos, tokenizer, sampling)
-            if finish is None:
-                going.append(place)
-            else:
-                mass = min(1.0, math.exp(member.log_mass))
-                end(member.index, Sample(member.prompt, member.tokens, member.logprobs, finish, text, mass))
+        while len(unread) > LAG.get(model.device.type, 0):
+            look()
+        going = [i for i, member in enumerate(running) if not member.ended and member.drawn < sampling.max_new_tokens]
         if len(going) < len(running):
             order = decoder.keep(going)
+            rows.keep(order)
             running = [running[i] for i in order]
-            kept = torch.tensor(order, dtype=torch.int64, device=model.device)
-            tokens, ids, steps, nodes = (of_running[kept] for of_running in (tokens, ids, steps, nodes))
+    while unread:
+        look()
 
 
 def _finish(

@@ -1,8 +1,7 @@
-"""Decoding steps as CUDA graphs: all launches of a step become one.
+"""Decoding steps as CUDA graphs: all launches of a step, the draw of the next tokens among them, become one.
 
 A graph has fixed shapes, so there is one for each bucket of rows and of keys. What it reads and writes lies where it lay when
-the graph was made: the newest tokens and the lengths are copied to buffers of their own first; caches, weights and adapters
-stay.
+the graph was made: tokens and lengths, the cache and its pages, weights and adapters.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MAKE_AT = 3  # the step of a bucket that is made a graph: a bucket that is left 
 # Rotary embeddings that do not ask the host how long the sequences are.
 ROPES = ("default", "linear", "llama3", "yarn")
 
-Run = Callable[[Tensor, Tensor, int], Tensor]  # newest tokens [B], lengths [B], the longest of them -> hidden states [B, H]
+Run = Callable[[int, int], None]  # the step of so many rows, of which the longest has so many keys
 
 
 def usable(backbone: Backbone, max_new_tokens: int) -> bool:
@@ -58,59 +57,51 @@ class StepGraphs:
 
     def __init__(self, slots: int, capacity: int, backbone: Backbone):
         self.slots, self.capacity, self.backbone = slots, capacity, backbone
-        device = backbone.head.weight.device
-        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.lengths = torch.ones(slots, dtype=torch.int64, device=device)
-        self.made: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        self.made: dict[tuple[int, int], Callable[[], None]] = {}
         self.asked: Counter[tuple[int, int]] = Counter()
         self.maker = Maker()
         self.full = False  # memory ran out when a graph was made
 
-    def step(self, run: Run, tokens_B: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
-        """``run(tokens_B, lengths_B, longest)``, hidden states [B, H]; the next call overwrites them.
+    def step(self, run: Run, rows: int, longest: int, state: tuple[Tensor, ...]) -> None:
+        """``run(rows, longest)``, or that of a bucket that holds them: what it does to further rows must do no harm.
 
-        run: the same each time (it is not kept: it would hold the decoder, and that us). It writes each row's key and value
-            at place ``length - 1`` of the row's slot.
+        run: the same each time (it is not kept: it would hold the decoder, and that us).
+        state: all that a step changes and reads again, but for the newest keys and values: it is what it was when these are
+            written once more.
         """
-        if not self.backbone.graphs or self.full:
-            return run(tokens_B, lengths_B, longest)
-        rows = len(tokens_B)
         bucket = min(row_bucket(rows), self.slots), min(-(-longest // KEYS) * KEYS, self.capacity)
         self.asked[bucket] += 1
-        if self.asked[bucket] < MAKE_AT:
-            return run(tokens_B, lengths_B, longest)
-        self.tokens[:rows].copy_(tokens_B)
-        self.lengths[:rows].copy_(lengths_B)
-        # The rows behind are free slots. They write to their first place, which whoever comes there next overwrites.
-        self.lengths[rows : bucket[0]].fill_(1)
-        if bucket not in self.made:
-            try:
-                self.made[bucket] = self.maker.make(
-                    lambda: run(self.tokens[: bucket[0]], self.lengths[: bucket[0]], bucket[1])
-                )
-            except RuntimeError as error:  # whatever CUDA does not let a graph do
-                self.made.clear()
-                self.full = is_out_of_memory(error)  # only for this batch: the next one may be smaller
-                if not self.full:
-                    self.backbone.graphs = False
-                    first = str(error).splitlines()[0]
-                    warnings.warn(f"decoding goes on without CUDA graphs: {first}", RuntimeWarning, stacklevel=2)
-            if bucket not in self.made:
-                return run(tokens_B, lengths_B, longest)
-        replay, hidden_BH = self.made[bucket]
-        replay()
-        return hidden_BH[:rows]
+        if self.backbone.graphs and not self.full and bucket not in self.made and self.asked[bucket] >= MAKE_AT:
+            self._make(bucket, run, state)
+        if bucket in self.made:
+            self.made[bucket]()
+        else:
+            run(rows, longest)
+
+    def _make(self, bucket: tuple[int, int], run: Run, state: tuple[Tensor, ...]) -> None:
+        before = [x.clone() for x in state]
+        try:
+            self.made[bucket] = self.maker.make(lambda: run(*bucket))
+        except RuntimeError as error:  # whatever CUDA does not let a graph do
+            self.made.clear()
+            self.full = is_out_of_memory(error)  # only for this batch: the next one may be smaller
+            if not self.full:
+                self.backbone.graphs = False
+                first = str(error).splitlines()[0]
+                warnings.warn(f"decoding goes on without CUDA graphs: {first}", RuntimeWarning, stacklevel=3)
+        for x, old in zip(state, before, strict=True):
+            x.copy_(old)
 
 
 class Maker:
-    """Makes graphs that share their memory: only one runs at a time, and what it gives is read before the next one does."""
+    """Makes graphs that share their memory: only one runs at a time, and what it leaves lies in memory from before."""
 
     def __init__(self) -> None:
         self.pool: Any = None
         self.aside: Any = None  # one stream for all: each that ever multiplied keeps a workspace
 
-    def make(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What runs ``step`` again, and where its result then lies. Steps may be run more than once at no harm.
+    def make(self, step: Callable[[], None]) -> Callable[[], None]:
+        """What runs ``step`` again, which it is once while the graph is made.
 
         Raises:
             RuntimeError: the step cannot be a graph, or there is no memory for it. Nothing of the attempt is left.
@@ -127,7 +118,7 @@ class Maker:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
-                result = step()
+                step()
         except BaseException:
             # Where the end of a capture fails, torch stays on its stream, and its allocator in the belief that it goes on.
             torch.cuda.set_stream(here)
@@ -135,4 +126,4 @@ class Maker:
                 torch._C._cuda_endAllocateToPool(here.device_index, self.pool)
             self.pool = None
             raise
-        return graph.replay, result
+        return graph.replay

@@ -90,8 +90,8 @@ class Recorder(TorchDispatchMode):
 def record(step):
     step()
     with Recorder() as recorder:
-        result = step()
-    return recorder.replay, result
+        step()
+    return recorder.replay
 
 
 @pytest.fixture

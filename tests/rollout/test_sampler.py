@@ -1,6 +1,7 @@
 """The sampler: transformers' own greedy answers, the trainer's log-probs, and draws that depend on nothing but their sample."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +23,12 @@ from fastppo_kernels import sample as sample_op
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8, slots=4)
 DRAW = Sampling(temperature=1.0, max_new_tokens=8, slots=4)
 
-@pytest.fixture(params=["lines", "pages"])
-def cache(request, monkeypatch):
-    """Keys and values as on a CPU, and as on a GPU."""
-    monkeypatch.setattr(decoder, "in_pages", lambda device: request.param == "pages")
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def ways(request, monkeypatch):
+    """There keys and values lie in pages, and the host looks at tokens when the next ones are under way."""
+    gpu = request.param == "as on a GPU"
+    monkeypatch.setattr(decoder, "in_pages", lambda device: gpu)
+    monkeypatch.setattr(sampler, "LAG", {"cpu": int(gpu)})
 
 
 PROMPTS = {
@@ -71,7 +74,7 @@ def assert_equal(samples, wanted):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", PROMPTS)
-def test_greedy_equals_transformers_generate(kind, case, cache):
+def test_greedy_equals_transformers_generate(kind, case, ways):
     model = make_model(kind)
     got = generate(model, PROMPTS[case], 1, GREEDY, seed=0)
     assert_equal(got.samples, hugging_face_greedy(model, PROMPTS[case], 8))
@@ -90,7 +93,7 @@ def answers(model, prompts, samples, slots, *, seed=3, first_id=0, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_draws_do_not_depend_on_slots_or_neighbours(kind, cache):
+def test_draws_do_not_depend_on_slots_or_neighbours(kind, ways):
     """Draws of a sample are fixed by seed, sample number and its own tokens."""
     model = make_model(kind)
     prompts = random_prompts(4, 9)
@@ -116,7 +119,7 @@ def test_small_prefill_budget_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mpt"])
-def test_a_thousand_sequences_through_32_slots(kind, cache, monkeypatch):
+def test_a_thousand_sequences_through_32_slots(kind, ways, monkeypatch):
     """None lost, none twice, each in its place and continuing its own prompt, whatever the slots are."""
     model, rows = make_model(kind), []
     model.base = replace(model.base, eos_ids=tuple(range(0, 320, 6)))  # answers of every length
@@ -305,6 +308,36 @@ def test_same_seed_and_ids_reach_the_kernel(monkeypatch):
     assert sorted(seen) == sorted(expected)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mpt"])
+def test_a_late_look_at_the_tokens_changes_no_sample(kind, monkeypatch):
+    """What is drawn for a sequence that has ended meanwhile is dropped; where the limit ends it nothing is."""
+    model, prompts = make_model(kind), random_prompts(0, 9)
+    model.base = replace(model.base, eos_ids=tuple(range(0, 320, 6)))
+    stop = model.base.tokenizer.decode(max(answers(model, prompts, 2, slots=6, seed=0), key=len)[3])
+    sampling, found = Sampling(max_new_tokens=8, slots=6, stop=(stop,)), {}
+    draws, ended = Counter(), []
+
+    def spy(logits, **how):
+        draws.update(how["sequence_ids_B"].tolist())
+        return sample_op(logits, **how)
+
+    monkeypatch.setattr(sampler, "sample", spy)
+    for late in (0, 1, 3):
+        draws.clear()
+        ended.clear()
+        monkeypatch.setattr(sampler, "LAG", {"cpu": late})
+        found[late] = generate(model, prompts, 2, sampling, seed=0, finished=lambda index, _: ended.append(index))
+        assert sorted(ended) == list(range(18))
+        more = [draws[i] - len(s.tokens) for i, s in enumerate(found[late].samples)]
+        assert all(0 <= n <= min(late, 8 - len(s.tokens)) for n, s in zip(more, found[late].samples, strict=True))
+        assert any(more) == (late > 0)
+    assert {s.finish for s in found[0].samples} == {"eos", "stop", "length"}
+    assert [s.tokens for s in found[0].samples] == [s.tokens for s in found[1].samples] == [s.tokens for s in found[3].samples]
+    assert [s.text for s in found[0].samples] == [s.text for s in found[1].samples]
+    for s, late in zip(found[0].samples, found[1].samples, strict=True):
+        assert (s.prompt, s.finish) == (late.prompt, late.finish) and s.logprobs == pytest.approx(late.logprobs, abs=1e-5)
+
+
 def test_check_can_stop_the_sampler():
     calls = []
 
@@ -333,7 +366,7 @@ def test_a_diverged_policy_ends_with_one_line(kind):
         estimate(model, minis, rollout, [0.0] * 8, 0.0, model.config)
 
 
-def test_long_answers_against_transformers(cache):
+def test_long_answers_against_transformers(ways):
     """A cache that grows past the prompts, beyond a sliding window of 7."""
     prompts = [random_ids(random.Random(i), 3 + i) for i in range(4)]
     for kind in ("mistral", "mpt"):

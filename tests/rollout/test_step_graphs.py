@@ -1,6 +1,7 @@
 """Decoding by replay, with a stand-in for CUDA's graphs: the step's operators as torch.fx recorded them once."""
 
 import gc
+import importlib
 import weakref
 from dataclasses import replace
 
@@ -9,16 +10,26 @@ import torch
 from engine import make_model, random_prompts, sharpen
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastppo.rollout import decoder, step_graphs
+from fastppo.rollout import decoder, sampler, step_graphs
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo_kernels import _attention_torch
 
 
 def record(step):
-    """Like a graph: whatever Python decided while it was recorded stays so, results lie in the same place each time."""
-    result = step()
-    recorded = make_fx(step)()
-    return lambda: result.copy_(recorded()), result
+    """Like a graph: whatever Python decided while it was recorded stays so, and all lies where it lay then."""
+    return make_fx(step)()  # which runs it once
+
+
+class Seen:
+    """Rows of the same tokens again and again, whose hidden states can be looked at."""
+
+    def __init__(self, model, slots):
+        self.tokens = torch.arange(1, slots + 1)
+        self.hidden = torch.zeros(slots, model.backbone.head.weight.shape[1])
+        self.state = (self.hidden,)
+
+    def draw(self, hidden_RH):
+        self.hidden[: len(hidden_RH)] = hidden_RH
 
 
 @pytest.fixture
@@ -27,11 +38,10 @@ def made(monkeypatch):
     asked: list[tuple[int, int]] = []
     real = step_graphs.StepGraphs.step
 
-    def step(self, run, tokens_B, lengths_B, longest):
-        hidden = real(self, run, tokens_B, lengths_B, longest)
-        asked.append((len(tokens_B), longest))
+    def step(self, run, rows, longest, state):
+        real(self, run, rows, longest, state)
+        asked.append((rows, longest))
         made[id(self)] = len(self.made)
-        return hidden
 
     made: dict[int, int] = {}
     monkeypatch.setattr(step_graphs.StepGraphs, "step", step)
@@ -40,6 +50,8 @@ def made(monkeypatch):
     monkeypatch.setattr(step_graphs, "MAKE_AT", 1)
     monkeypatch.setattr(step_graphs, "KEYS", 8)
     monkeypatch.setattr(_attention_torch, "_check_decode", lambda *_: None)  # on a CPU it looks at the lengths
+    drawing = importlib.import_module("fastppo_kernels.sample")
+    monkeypatch.setattr(drawing, "_call_sample", drawing._sample_op)  # as a whole: on a CPU it looks at numbers
     return made, asked
 
 
@@ -48,6 +60,7 @@ def made(monkeypatch):
 def test_the_same_samples_as_without(kind, slots, samples, pages, made, monkeypatch):
     """Sequences end at different times (so rows move and buckets shrink), and others take their places."""
     monkeypatch.setattr(decoder, "in_pages", lambda device: pages)
+    monkeypatch.setattr(sampler, "LAG", {"cpu": int(pages)})
     model = sharpen(make_model(kind, sample__max_new_tokens=20))
     model.base = replace(model.base, eos_ids=tuple(range(40)))
     prompts = random_prompts(3, 11, root=4)
@@ -71,14 +84,17 @@ def test_what_the_adapter_learned_is_seen_by_the_next_replay(made):
     made_here = decoder.make_decoder(model.backbone, prompts, 1, 4, 40, 10**6)
     made_here.folded = None
     made_here.admit(prompts)
-    tokens = torch.tensor([1, 2, 3, 4])
+    rows = Seen(model, 4)
     with torch.no_grad():
-        made_here.step(tokens)
-        before = made_here.step(tokens).clone()
+        made_here.step(rows)
+        made_here.step(rows)
+        before = rows.hidden.clone()
         for parameter in model.trainable():
             parameter.mul_(3)
-        made_here.lengths, made_here.host_lengths = made_here.lengths - 1, [n - 1 for n in made_here.host_lengths]
-        assert not torch.allclose(made_here.step(tokens), before)
+        made_here.lengths -= 1
+        made_here.host_lengths = [n - 1 for n in made_here.host_lengths]
+        made_here.step(rows)
+        assert len(made[1]) == 3 and not torch.allclose(rows.hidden, before)
 
 
 def test_a_graph_that_cannot_be_made_is_done_without(made, monkeypatch):
@@ -135,7 +151,7 @@ def test_a_decoder_is_let_go_at_once(made):
         here = decoder.make_decoder(model.backbone, prompts, 1, 4, 6, 10**6)
         here.admit(prompts)
         with torch.no_grad():
-            here.step(torch.tensor([1, 2, 3]))
+            here.step(Seen(model, 4))
         gone = weakref.ref(here)
         del here
         assert gone() is None
