@@ -6,6 +6,8 @@ through to every attention layer, and the context decides what the layer's queri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,21 @@ from transformers import AttentionInterface
 from fastppo_kernels.attention import TreeLayout, decode_attention, tree_attention
 
 NAME = "fastppo"
+
+
+@contextmanager
+def in_any_order(device: torch.device) -> Iterator[None]:
+    """Where torch is to be deterministic it sorts places on a GPU before it writes to them, with many launches: not in here."""
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    # The function under `torch.use_deterministic_algorithms`, which also writes to Inductor's settings.
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch._C._set_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(True, warn_only=warn_only)
 
 
 class AttentionContext(Protocol):
@@ -79,8 +96,9 @@ class DecodeContext:
         n, heads = k.shape[:2]
         if heads not in self.rows:
             self.rows[heads] = self._newest(n, heads, k_own.shape[2]).flatten()
-        for cache, new in ((k_own, k), (v_own, v)):
-            cache.view(-1, new.shape[2]).index_copy_(0, self.rows[heads], new.flatten(0, 1))
+        with in_any_order(k.device):  # to places of which no two are one, but for those that are nobody's
+            for cache, new in ((k_own, k), (v_own, v)):
+                cache.view(-1, new.shape[2]).index_copy_(0, self.rows[heads], new.flatten(0, 1))
         if self.pages is None:
             k_own, v_own = k_own[:n, :, : self.longest], v_own[:n, :, : self.longest]
         return decode_attention(q, *self.root[layer], k_own, v_own, self.lengths, pages=self.pages, **options)

@@ -10,7 +10,7 @@ from engine import make_model, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastppo.model.attention import DecodeContext
+from fastppo.model.attention import DecodeContext, in_any_order
 from fastppo.rollout import decoder, sampler
 from fastppo.rollout.cache import PAGE, Lines, Pages, pages_of
 from fastppo.rollout.sampler import Sampling, generate
@@ -168,6 +168,24 @@ def test_no_page_is_left_behind_by_the_sampler(samples, monkeypatch):
     generate(model, random_prompts(5, 40, longest=40), samples, Sampling(max_new_tokens=12, slots=9), seed=0)
     assert len(sound) > 10 and len(made[0].cache.free) == len(made[0].cache.users) - 1
     torch.testing.assert_close(made[0].cache.table, torch.zeros_like(made[0].cache.table))
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_keys_are_written_in_any_order_and_all_else_as_before(device, warn_only):
+    """Torch's deterministic form on a GPU would sort them; it is asked for again behind, also after an error."""
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        with pytest.raises(ZeroDivisionError), in_any_order(torch.device(device)):
+            assert torch.are_deterministic_algorithms_enabled() == (device == "cpu")
+            raise ZeroDivisionError
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with in_any_order(torch.device(device)):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_attention_in_pages_of_the_sampler_is_that_in_lines():
