@@ -10,7 +10,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -120,10 +119,22 @@ class Maker:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
                 step()
         except BaseException:
-            # Where the end of a capture fails, torch stays on its stream, and its allocator in the belief that it goes on.
-            torch.cuda.set_stream(here)
-            with suppress(Exception):
-                torch._C._cuda_endAllocateToPool(here.device_index, self.pool)
+            torch.cuda.set_stream(here)  # which torch does not return to where the end of a capture fails
+            _abandon(here.device_index, self.pool)
             self.pool = None
             raise
         return graph.replay
+
+
+def _abandon(device: int, pool: Any) -> None:
+    """End a capture that CUDA has broken off, as far as torch's allocator is concerned.
+
+    `CUDAGraph::capture_end` ends the capture first and, if that fails, raises: the allocator goes on to send what captures ask
+    for to the pool, and counts the graph as one of its users for ever. Both are undone here. If it comes farther, it does that
+    itself, or the graph does when it goes; the allocator then says that it sends nothing there.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return
+    torch._C._cuda_releasePool(device, pool)

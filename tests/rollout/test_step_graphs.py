@@ -3,7 +3,9 @@
 import gc
 import importlib
 import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +159,46 @@ def test_a_decoder_is_let_go_at_once(made):
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_broken_capture_leaves_nothing_of_itself(ended, monkeypatch):
+    """With a stand-in for torch's allocator: its pool is let go here where the end of the capture has not done so."""
+    events, here = [], SimpleNamespace(wait_stream=lambda stream: None, device_index=3)
+    aside = SimpleNamespace(wait_stream=lambda stream: None)
+
+    @contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        try:
+            yield
+        finally:  # `capture_end`
+            if not ended:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def end(device, pool):
+        events.append(("end", device, pool))
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    cuda = {
+        "current_stream": lambda: here, "graph_pool_handle": lambda: "a pool", "Stream": lambda: aside, "CUDAGraph": object,
+        "stream": lambda stream: nullcontext(), "graph": capture, "set_stream": lambda stream: events.append(stream),
+    }  # fmt: skip
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *which: events.append(("release", *which)), raising=False)
+    runs = []
+
+    def step():
+        runs.append(1)
+        if len(runs) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    maker = step_graphs.Maker()
+    with pytest.raises(torch.OutOfMemoryError if ended else RuntimeError, match="memory" if ended else "previous error"):
+        maker.make(step)
+    assert events == [here, ("end", 3, "a pool")] + [("release", 3, "a pool")] * (not ended) and maker.pool is None
 
 
 def test_row_buckets():
