@@ -283,12 +283,12 @@ class Trainer:
             chosen = self._ppo_prompts(step)
             gold = [labels[i] for i in chosen for _ in range(config.samples)]
             predicted: list[Any] = [None] * len(gold)
-            with RewardStream(partial(self._reward, gold, predicted)) as score:
-                done = ppo_iteration(
-                    model, self.optimizer, [data.prompts[i] for i in chosen], score, state.kl_coef, self.config, step=step,
-                    check=self._check_gap, critic_only=critic_only, answers=self.allowed, finished=score.finished,
-                    timed=self._timed,
-                )  # fmt: skip
+            score = RewardStream(partial(self._reward, gold, predicted))
+            done = ppo_iteration(
+                model, self.optimizer, [data.prompts[i] for i in chosen], score, state.kl_coef, self.config, step=step,
+                check=self._check_gap, critic_only=critic_only, answers=self.allowed, finished=score.finished,
+                timed=self._timed,
+            )  # fmt: skip
             rewards, estimates = done.rewards, done.estimates
             trees = [part.tree for mini in done.minibatches for part in mini.parts]
             metrics = done.metrics | {

@@ -1,6 +1,5 @@
 """Samples that end are handed on while others decode, and their rewards come in the rollout's order whatever happens."""
 
-import threading
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from engine import make_model, random_prompts
 
 from fastppo import trainer
-from fastppo.batch.rollout import Rollout, Sample
+from fastppo.batch.rollout import Sample
 from fastppo.rewards.stream import RewardStream
 from fastppo.rollout.sampler import Sampling, generate
 
@@ -44,48 +43,10 @@ def test_every_sample_is_handed_on_once_and_at_its_end(kind):
     assert rollout == sampled(kind)
 
 
-@pytest.mark.parametrize("threads", [0, 1, 4])
-def test_rewards_come_in_the_order_of_the_rollout(threads):
-    with RewardStream(worth, threads) as stream:
-        rollout = sampled(finished=stream.finished)
-        assert stream(rollout) == [worth(i, sample) for i, sample in enumerate(rollout.samples)]
-
-
-def test_rewards_that_end_in_another_order():
-    """Each waits for the one of the sample behind it."""
-    ended = [threading.Event() for _ in range(4)]
-
-    def reward(index, _):
-        if index < 3:
-            assert ended[index + 1].wait(60)
-        ended[index].set()
-        return float(index)
-
-    samples = [Sample(0, [1], [0.0], "eos", "")] * 4
-    with RewardStream(reward, threads=4) as stream:
-        for index in range(4):
-            stream.finished(index, samples[index])
-        assert stream(Rollout([[5]], samples)) == [0.0, 1.0, 2.0, 3.0]
-
-
-def test_others_decode_while_a_reward_waits():
-    """The reward of the first sample that ends waits until the sampler has gone on for two steps."""
-    began, went_on, after = threading.Event(), threading.Event(), []
-
-    def reward(index, sample):
-        began.set()
-        assert went_on.wait(60), "the sampler stood still"
-        return worth(index, sample)
-
-    def check():
-        after.append(began.is_set())
-        if sum(after) == 2:
-            went_on.set()
-
-    with RewardStream(reward, threads=1) as stream:
-        rollout = sampled(check=check, finished=stream.finished)
-        assert went_on.is_set(), "the first sample was handed on when all had ended"
-        assert stream(rollout) == [worth(i, sample) for i, sample in enumerate(rollout.samples)]
+def test_rewards_come_in_the_order_of_the_rollout():
+    stream = RewardStream(worth)
+    rollout = sampled(finished=stream.finished)
+    assert stream(rollout) == [worth(i, sample) for i, sample in enumerate(rollout.samples)]
 
 
 def broken(index: int, sample: Sample) -> float:
@@ -95,30 +56,8 @@ def broken(index: int, sample: Sample) -> float:
 
 
 def test_an_error_in_a_reward_reaches_the_caller():
-    with pytest.raises(ZeroDivisionError, match="sample"), RewardStream(broken) as stream:
-        sampled(finished=stream.finished)
-    for _ in range(3):  # the same one of two, whichever came first
-        with pytest.raises(ZeroDivisionError, match="sample 7"), RewardStream(broken, threads=4) as stream:
-            stream(sampled(finished=stream.finished))
-
-
-def test_an_error_elsewhere_drops_the_rewards_that_have_not_begun():
-    release, began, calls = threading.Event(), threading.Event(), []
-
-    def reward(index, sample):
-        calls.append(index)
-        began.set()
-        assert release.wait(60)
-        return 0.0
-
-    with pytest.raises(KeyError, match="elsewhere"), RewardStream(reward, threads=1) as stream:
-        for index in range(5):
-            stream.finished(index, Sample(0, [1], [0.0], "eos", ""))
-        assert began.wait(60)
-        raise KeyError("elsewhere")
-    release.set()
-    stream.pool.shutdown(wait=True)
-    assert calls == [0]
+    with pytest.raises(ZeroDivisionError, match="sample"):
+        sampled(finished=RewardStream(broken).finished)
 
 
 def test_an_error_in_the_trainers_reward_ends_the_run(world, tmp_path, monkeypatch):
@@ -156,7 +95,7 @@ def test_a_reward_that_runs_out_of_memory_is_asked_for_again():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return worth(index, sample)
 
-    with RewardStream(reward) as stream:
-        rollout = sampled(finished=stream.finished)
-        assert stream(rollout) == [worth(i, sample) for i, sample in enumerate(rollout.samples)]
+    stream = RewardStream(reward)
+    rollout = sampled(finished=stream.finished)
+    assert stream(rollout) == [worth(i, sample) for i, sample in enumerate(rollout.samples)]
     assert len(calls) == 61 and calls.count(calls[9]) == 2
