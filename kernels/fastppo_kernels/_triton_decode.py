@@ -285,7 +285,8 @@ def decode(
     batch, heads, dim = q_BHD.shape
     root, kv_heads, v_dim = v_root_CGV.shape
     longest, group = k_own_BGKD.shape[2], heads // kv_heads
-    pages = (lengths_B, 0, 0, 0)  # of no meaning
+    lengths = lengths_B.long().contiguous()
+    pages = (lengths, 0, 0, 0)  # of no meaning
     if pages_BN is not None:
         table = pages_BN.int()
         table = table if table.stride(1) == 1 else table.contiguous()
@@ -295,7 +296,6 @@ def decode(
     if batch == 0:
         return out
     q, k_root, v_root, k_own, v_own = (_aligned(x) for x in (q_BHD, k_root_CGD, v_root_CGV, k_own_BGKD, v_own_BGKV))
-    lengths = lengths_B.long().contiguous()
     float32, block = q.dtype == torch.float32, max(BLOCKS[0], triton.next_power_of_2(max(dim, v_dim)))
     own, shared = own_tile(float32, block, pages_BN is not None), root_tile(float32, block)
     span = max(ROOT_PART, -(-root // (_ROOT_PARTS * shared.block_n)) * shared.block_n)

@@ -150,8 +150,11 @@ def test_a_straggler_keeps_its_prompts_pages_and_others_wait_for_room():
     assert cache.room(1, [10 * PAGE] * 3) == 2
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("samples", [1, 4])
-def test_no_page_is_left_behind_by_the_sampler(samples, monkeypatch):
+def test_no_page_is_left_behind_by_the_sampler(samples, late, monkeypatch):
+    """A thousand sequences through 32 slots, looked at whenever some have ended."""
+    monkeypatch.setattr(sampler, "LAG", {"cpu": late})
     monkeypatch.setattr(decoder, "in_pages", lambda device: True)
     made, real = [], sampler.make_decoder
     monkeypatch.setattr(sampler, "make_decoder", lambda *how: made.append(real(*how)) or made[-1])
@@ -165,8 +168,9 @@ def test_no_page_is_left_behind_by_the_sampler(samples, monkeypatch):
     monkeypatch.setattr(Pages, "keep", kept)
     model = make_model("llama")
     model.base = replace(model.base, eos_ids=tuple(range(0, 320, 6)))  # answers of every length
-    generate(model, random_prompts(5, 40, longest=40), samples, Sampling(max_new_tokens=12, slots=9), seed=0)
-    assert len(sound) > 10 and len(made[0].cache.free) == len(made[0].cache.users) - 1
+    prompts = random_prompts(5, 1000 // samples, longest=40)
+    generate(model, prompts, samples, Sampling(max_new_tokens=12, slots=32), seed=0)
+    assert len(sound) > 50 and max(made[0].cache.users) == 0 and len(made[0].cache.free) == len(made[0].cache.users) - 1
     torch.testing.assert_close(made[0].cache.table, torch.zeros_like(made[0].cache.table))
 
 
