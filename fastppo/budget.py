@@ -289,8 +289,9 @@ class Budget:
         slots, own = max(config.sample.slots, config.ppo.samples), longest - shared
         capacity = own + config.sample.max_new_tokens
         places, words = slots * capacity, f"{slots:,} slots of {capacity:,} tokens"
-        if self.device.cuda:  # a prompt's samples share its pages
-            pages = pages_of(slots, config.ppo.samples, own, config.sample.max_new_tokens)
+        pages = pages_of(slots, config.ppo.samples, own, config.sample.max_new_tokens)
+        # A prompt's samples share its pages, but not where a model runs padded, as any may whose layers are not known.
+        if self.device.cuda and (sizes.layer is not None or pages * PAGE > places):
             places, words = pages * PAGE, f"{pages:,} pages of {PAGE} tokens for {slots:,} slots"
         cache = (places + shared) * sizes.cache * sizes.itemsize
         yield Part("KV cache", "sampling", cache, f"{words}, and {shared:,} for all of them")
