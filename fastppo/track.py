@@ -139,18 +139,20 @@ class Tracker:
     def table(self, summary: Mapping[str, Any]) -> None:
         """Shows `summary["stages"]`: one row for each of zero_shot, sft and ppo that was run.
 
-        A stage has its metrics, each with `_low` and `_high`, malformed (a fraction of 1; accuracy too, where it is no metric
-        of the task), and `labels`, how many it has seen.
+        A stage has its metrics, each with `_low` and `_high` (shown of the first), accuracy where there is one and malformed
+        (fractions of 1), and `labels`, how many it has seen.
         """
         self._end_stage()
         rows = {name: summary["stages"][name] for name in STAGES if name in summary["stages"]}
         first: Mapping[str, Any] = next(iter(rows.values()), {})
-        names = with_intervals(first)
-        fractions = [name for name in ("accuracy", "malformed") if name in first and name not in names]
+        main, *more = with_intervals(first) or [""]
+        fractions = [name for name in ("accuracy", "malformed") if name in first and name != main]
+        more = [name for name in more if name not in fractions]
         table = Table("stage")
-        for heading in (*(f"{TITLES[name]} [95 % interval]" for name in names), *fractions, "labels seen"):
+        headings = [f"{TITLES[main]} [95 % interval]"] if main else []
+        for heading in (*headings, *(TITLES[name] for name in more), *fractions, "labels seen"):
             table.add_column(Text(heading), justify="right")
         for stage, row in rows.items():
-            figures = [figure(row, name) for name in names] + [f"{row[name]:.1%}" for name in fractions]
+            figures = [figure(row, main), *(f"{row[name]:z.3f}" for name in more), *(f"{row[name]:.1%}" for name in fractions)]
             table.add_row(*map(Text, (STAGES[stage], *figures, f"{row['labels']:,}")))
         self._console.print(table)

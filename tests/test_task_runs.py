@@ -68,7 +68,7 @@ def test_a_run_of_every_kind_of_task(world, tmp_path, name, template, changes):
     summary, out = world.train(run, data=data, task=name, template=template, **ROOM, **changes)
     task = TASKS[name]
     assert list(summary["stages"]) == ["zero_shot", "sft", "ppo"]
-    shown_as = {"stsb": "Spearman", "multirc": "F1a", "record": "EM", "mnli": "accuracy", "wsc": "accuracy", "cola": "MCC"}
+    shown_as = {"stsb": "Spearman", "multirc": "F1a", "record": "F1", "mnli": "accuracy", "wsc": "accuracy", "cola": "MCC"}
     assert f"{shown_as[name]} [95 % interval]" in out
     for row in summary["stages"].values():
         for metric in task.metrics:

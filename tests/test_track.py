@@ -134,3 +134,17 @@ def test_table_has_a_row_for_each_stage_that_ran(tmp_path):
     assert ["zero-shot", "0.000", "[-0.100,", "0.100]", "50.0%", "25.0%", "0"] in rows
     assert ["after", "PPO", "0.500", "[0.400,", "0.600]", "50.0%", "25.0%", "12,000"] in rows
     assert not any("SFT" in row for row in rows)
+
+
+def test_table_of_a_task_with_two_metrics_fits_80_columns(tmp_path):
+    out = Console(file=io.StringIO(), width=80)
+    row = {"macro_f1": 0.5, "accuracy": 0.75, "malformed": 0.25, "macro_f1_low": 0.4, "macro_f1_high": 0.6, "labels": 9}
+    number = {"spearman": 0.5, "pearson": 0.25, "malformed": 0, "spearman_low": 0.4, "spearman_high": 0.6, "labels": 9}
+    with Tracker(tmp_path, out) as track:
+        track.table({"stages": {"ppo": row | {"accuracy_low": 0.7, "accuracy_high": 0.8}}})
+        track.table({"stages": {"ppo": number | {"pearson_low": 0.0, "pearson_high": 0.5}}})
+    rows = [re.sub(r"[^\w.,%\[\] -]", "", line).split() for line in shown(out).splitlines()]
+    assert ["stage", "macro", "F1", "[95", "%", "interval]", "accuracy", "malformed", "labels", "seen"] in rows
+    assert ["after", "PPO", "0.500", "[0.400,", "0.600]", "75.0%", "25.0%", "9"] in rows
+    assert ["stage", "Spearman", "[95", "%", "interval]", "Pearson", "malformed", "labels", "seen"] in rows
+    assert ["after", "PPO", "0.500", "[0.400,", "0.600]", "0.250", "0.0%", "9"] in rows
