@@ -51,7 +51,7 @@ def _linears(device: torch.device, dtype: torch.dtype, *, rows: int, groups: _Gr
             found |= {f"A {g} {i}": lora_A, f"B {g} {i}": lora_B}
             projections.append(LoRAProjection(weight, lora_A, lora_B, _SCALE))
         found["groups"].append(projections)
-    found["buffers"] = [LoRAWeightBuffer(projections) for projections in found["groups"]]
+    found["buffers"] = [LoRAWeightBuffer(projections, masked=False) for projections in found["groups"]]
     found["peft"] = _peft_layers(found["groups"])
     return found
 

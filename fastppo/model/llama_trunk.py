@@ -74,6 +74,8 @@ class LlamaTrunk:
                 for i, projection in enumerate(group):
                     projection.weight.data = buffers[-1].weight_view(i)
             self.buffers[layer] = tuple(buffers)
+            if buffers[0].weight.is_cuda:  # what the weights were in is too small for the next buffers: torch would keep it
+                torch.cuda.empty_cache()
 
     def run(
         self, token_ids_T: Tensor, positions_T: Tensor, context: Any, rows_R: Tensor | None = None,
