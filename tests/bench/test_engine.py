@@ -185,7 +185,8 @@ def test_an_update_is_measured_with_graphs_too(quick, tmp_path, monkeypatch, fai
     def make(self, step):
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return lambda: None, step()
+        step()
+        return lambda: None
 
     monkeypatch.setattr(engine.update_graphs, "usable", lambda _: True)
     monkeypatch.setattr(step_graphs.Maker, "make", make)
