@@ -24,7 +24,7 @@ from fastppo.model.backbone import Backbone
 from fastppo.model.llama_trunk import window_of
 from fastppo.model.nf4 import in_4_bits
 from fastppo.rollout import step_graphs
-from fastppo_kernels.attention import TreeLayout, _choose
+from fastppo_kernels import TreeLayout, chosen_attention_backend
 
 # The time a bucket is seen at which its graph is made: that runs the micro-batch twice more. A guess.
 MAKE_AT = 3
@@ -48,7 +48,8 @@ def usable(backbone: Backbone) -> bool:
     if getattr(backbone.llama.trunk.rotary_emb, "rope_type", None) not in step_graphs.ROPES:
         return False
     attentions = [layer.self_attn for layer in backbone.llama.layers]
-    chosen = {_choose(q, q, window_of(a), None, None) for a in attentions for q in [weight.new_empty(0, 1, a.head_dim)]}
+    of = {(attention.head_dim, window_of(attention)) for attention in attentions}
+    chosen = {chosen_attention_backend(weight.device, weight.dtype, dim, window=window) for dim, window in of}
     return chosen <= {"flash-attn", "varlen"}
 
 

@@ -345,7 +345,7 @@ def test_out_of_memory_lets_go_of_graphs_first(made):
     """Whatever it is that runs out: what is there for speed alone goes before anything is made smaller."""
     model = make(micro_batch_tokens=4096)
     said: list[str] = []
-    model.graphs, model.notice = UpdateGraphs(), said.append
+    model.graphs, model.notify = UpdateGraphs(), said.append
     minis, _ = estimated(model, 0)
     gradients(model, minis)
     assert model.graphs.made
@@ -370,11 +370,14 @@ def test_when_updates_are_replayed(monkeypatch):
     """On a GPU alone, for models and attention that are known to ask the host nothing."""
     model = make()
     assert model.graphs is None and not update_graphs.usable(model.backbone), "no GPU"
-    weight = type("Cuda", (), {"is_cuda": True, "new_empty": lambda self, *shape: torch.empty(shape)})()
+    weight = type("Cuda", (), {"is_cuda": True, "device": torch.device("cuda"), "dtype": torch.bfloat16})()
     head = type("H", (), {"weight": weight})()
     on_gpu = type("B", (), {"llama": model.backbone.llama, "head": head, "model": model.backbone.model})()
     chosen = []
-    monkeypatch.setattr(update_graphs, "_choose", lambda q, v, window, *_: chosen.append((q.shape[2], window)) or backend)
+    monkeypatch.setattr(
+        update_graphs, "chosen_attention_backend",
+        lambda device, dtype, head_dim, window: chosen.append((head_dim, window)) or backend,
+    )  # fmt: skip
     for backend, expected in {"flash-attn": True, "varlen": True, "xformers": False, "sdpa": False, "torch": False}.items():
         assert update_graphs.usable(on_gpu) is expected, backend
     assert set(chosen) == {(model.backbone.llama.layers[0].self_attn.head_dim, None)}
