@@ -287,7 +287,7 @@ def measure_graphs(
     run: Measurement, model: ActorCritic, minis: list[MiniBatch], estimate: Callable[[], None], update: Callable[[], None]
 ) -> None:
     """The same step with its micro-batches padded, in turn launch by launch and as CUDA graphs."""
-    graphs = model.graphs = update_graphs.UpdateGraphs()
+    graphs = model.graphs = update_graphs.UpdateGraphs(model.backbone.borders)
     estimate()
     making = [_seconds(run.device, update) for _ in range(update_graphs.MAKE_AT)]
     if not graphs.made:

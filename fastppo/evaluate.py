@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
+import torch
 from rich.text import Text
 from safetensors.torch import load_file
 from torch import Tensor
@@ -186,8 +187,9 @@ def load_adapter(model: ActorCritic, adapter: Path) -> None:
     ]
     if wrong:
         raise UserError(f"{adapter}: the adapter does not fit the model and settings, first at {wrong[0]!r}")
-    for name, parameter in own.items():
-        parameter.data.copy_(tensors[name])
+    with torch.no_grad():  # not through `data`, past which nobody would see the change
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
 
 
 def open_run(run: Path, console: rich.console.Console) -> tuple[Config, Path]:

@@ -108,7 +108,7 @@ def _updates(inputs: Inputs, backend: Any) -> Results:
     config = Config(lora=LoraConfig(rank=8), ppo=PpoConfig(minibatches=1, max_grad_norm=1e9), micro_batch_tokens=512)
     base = Base(copy.deepcopy(inputs["model"]).requires_grad_(False), None, (), "llama")  # type: ignore[arg-type]
     model = ActorCritic(base, config)
-    graphs = model.graphs = update_graphs.UpdateGraphs()
+    graphs = model.graphs = update_graphs.UpdateGraphs(model.backbone.borders)
     if inputs["model"].dtype == torch.float64:  # of which the engine knows nothing: what is right
         return {"differing": torch.zeros(2, dtype=torch.int64, device=model.device)}
     replays = backend != "torch" and update_graphs.usable(model.backbone)

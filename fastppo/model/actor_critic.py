@@ -80,7 +80,7 @@ class ActorCritic:
         self.activations = chosen.activations  # keep, recompute or offload
         self.plan_notices = (*chosen.notices, *chosen.too_much)  # for the user, a line each
         # Where an update's micro-batches are padded to buckets, and replayed as CUDA graphs.
-        self.graphs = UpdateGraphs() if chosen.graphs and usable(self.backbone) else None
+        self.graphs = UpdateGraphs(self.backbone.borders) if chosen.graphs and usable(self.backbone) else None
 
     @property
     def micro_batch_tokens(self) -> int:

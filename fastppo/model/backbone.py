@@ -17,7 +17,7 @@ from fastppo.errors import UserError
 from fastppo.model import attention as tree_attention
 from fastppo.model.llama_trunk import LlamaTrunk
 from fastppo.model.recompute import Recompute, modules_again
-from fastppo_kernels import linear_logprob
+from fastppo_kernels import LoRAWeightBuffer, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,11 @@ class Backbone:
         assert len(row) == tree.n_tokens
         flat = torch.as_tensor(places[0][place] * rows.shape[1] + places[1][place], device=device)
         return out.flatten(0, 1)[flat]
+
+    @property
+    def borders(self) -> list[LoRAWeightBuffer]:
+        """The bordered buffers of all layers."""
+        return [] if self.llama is None else [buffer for of_layer in self.llama.buffers.values() for buffer in of_layer]
 
     @torch.no_grad()
     def _choose_path(self) -> bool:

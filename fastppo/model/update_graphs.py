@@ -24,7 +24,7 @@ from fastppo.model.backbone import Backbone
 from fastppo.model.llama_trunk import window_of
 from fastppo.model.nf4 import in_4_bits
 from fastppo.rollout import step_graphs
-from fastppo_kernels import TreeLayout, chosen_attention_backend
+from fastppo_kernels import LoRAWeightBuffer, TreeLayout, chosen_attention_backend
 
 # The time a bucket is seen at which its graph is made: that runs the micro-batch twice more. A guess.
 MAKE_AT = 3
@@ -65,9 +65,13 @@ class _Made(NamedTuple):
 
 
 class UpdateGraphs:
-    """Gradients of padded micro-batches, replayed."""
+    """Gradients of padded micro-batches, replayed.
 
-    def __init__(self) -> None:
+    borders: the buffers that the model's adapters are copied into where they changed, which is found out on the host.
+    """
+
+    def __init__(self, borders: Sequence[LoRAWeightBuffer] = ()) -> None:
+        self.borders = borders
         self.on = True  # until one could not be made, or memory ran out
         self.made: dict[Hashable, _Made] = {}
         self.asked: Counter[Hashable] = Counter()
@@ -108,7 +112,12 @@ class UpdateGraphs:
             to.copy_(of)
         made.denominator.fill_(n_actions)
         made.replay()
+        self._forget_borders()
         return dict(zip(made.names, made.metrics.clone().unbind(), strict=True))
+
+    def _forget_borders(self) -> None:
+        for buffer in self.borders:
+            buffer.forget()
 
     def drop(self) -> bool:
         """Free what graphs hold, for good; whether there were any."""
@@ -126,6 +135,7 @@ class UpdateGraphs:
         denominator = torch.ones((), device=inputs.computed.token_ids.device)
 
         def step() -> None:
+            self._forget_borders()  # so that it copies the adapters each time it is run again
             value, metrics = loss(_with_new_layout(inputs), denominator)
             # Not `backward`: gradients are to be added where they lie, on the stream that is captured.
             torch._foreach_add_(sums, torch.autograd.grad(value, parameters))

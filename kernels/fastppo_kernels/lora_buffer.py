@@ -200,11 +200,17 @@ class LoRAWeightBuffer:
             addresses, versions = (lora_A.data_ptr(), lora_B.data_ptr()), (lora_A._version, lora_B._version)
             seen = (*addresses, *versions, _steps(lora_A), _steps(lora_B))
             if seen != self._seen[i] or scale != self._scales[i] or force:
-                self._seen[i], self._kept[i], changed = seen, (lora_A.detach(), lora_B.detach()), True
+                self._seen[i] = None  # should the copy fail
                 self._copy_in(i, lora_A, lora_B, scale)
+                self._seen[i], self._kept[i], changed = seen, (lora_A.detach(), lora_B.detach()), True
         if not self._runs and not self.masked:
             self._runs = self._find_runs()
         return changed
+
+    def forget(self) -> None:
+        """Take for unknown what is held: the next `refresh` copies. For whoever writes here unseen, as a CUDA graph does in
+        which a `refresh` was captured; and before one is, so that its copies are."""
+        self._seen = [None] * len(self._seen)
 
     @torch.no_grad()
     def _copy_in(self, i: int, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:

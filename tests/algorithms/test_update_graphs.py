@@ -17,6 +17,7 @@ from fastppo.algorithms import ppo
 from fastppo.algorithms.optim import make_optimizer
 from fastppo.batch.buckets import Shape
 from fastppo.batch.rollout import Rollout, Sample, pack_rollout
+from fastppo.memory import Machine
 from fastppo.model import update_graphs
 from fastppo.model.actor_critic import CRITIC, POLICY
 from fastppo.model.update_graphs import UpdateGraphs
@@ -94,9 +95,15 @@ def record(step):
     return recorder.replay
 
 
+BORDERS = pytest.mark.parametrize("made", [False, True], indirect=True, ids=["plain", "borders"])
+
+
 @pytest.fixture
-def made(monkeypatch):
-    """Graphs are made at once; those that were, by the shape that they are for."""
+def made(monkeypatch, request):
+    """Graphs are made at once; those that were, by the shape that they are for. With the parameter True, layers compute through
+    bordered buffers, as in half precision on a GPU."""
+    if getattr(request, "param", False):
+        monkeypatch.setattr(Machine, "borders", lambda self, layer: layer.fused)
     monkeypatch.setitem(varlen.LIBRARIES, "varlen", Dense())
     monkeypatch.setenv("FASTPPO_ATTENTION", "varlen")
     monkeypatch.setattr(update_graphs, "MAKE_AT", 1)
@@ -177,6 +184,7 @@ CASES = [
 ]
 
 
+@BORDERS
 @pytest.mark.parametrize("critic_only", [False, True])
 @pytest.mark.parametrize(("kind", "settings"), CASES)
 def test_padding_changes_nothing(kind, settings, critic_only, made):
@@ -184,7 +192,7 @@ def test_padding_changes_nothing(kind, settings, critic_only, made):
     results = []
     for padded in (False, True):
         model = make(kind, ppo__max_grad_norm=1e9, **settings)
-        model.graphs = UpdateGraphs() if padded else None
+        model.graphs = UpdateGraphs(model.backbone.borders) if padded else None
         if padded:
             model.graphs.on = False
         minis, estimates = estimated(model, 3, minibatches=2, budget=35)
@@ -205,11 +213,12 @@ def test_padding_changes_nothing(kind, settings, critic_only, made):
     assert padded_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
+@BORDERS
 @pytest.mark.parametrize(("kind", "settings"), CASES)
 def test_replays_give_what_running_gives(kind, settings, made):
     """One graph, made of one micro-batch with one adapter, on others and with another: gradients and metrics, to the bit."""
     model = make(kind, ppo__max_grad_norm=1e9, **settings)
-    model.graphs = UpdateGraphs()
+    model.graphs = UpdateGraphs(model.backbone.borders)
     first, _ = estimated(model, 0)
     gradients(model, first)
     assert len(made) == 1
@@ -225,10 +234,11 @@ def test_replays_give_what_running_gives(kind, settings, made):
             assert theirs.norm() > 0 and torch.equal(ours, theirs)
 
 
+@BORDERS
 def test_gradients_of_parts_add_up(made):
     """Those that have a graph and those that have none, in one step; making a graph leaves no trace in the sum."""
     model = make(ppo__max_grad_norm=1e9)
-    model.graphs = UpdateGraphs()
+    model.graphs = UpdateGraphs(model.backbone.borders)
     minis, _ = estimated(model, 4, prompts=24, budget=150)
     parts = minis[0].parts
     shapes = {Shape.of(part.computed) for part in parts}
@@ -247,12 +257,13 @@ def test_gradients_of_parts_add_up(made):
                 assert relative(ours, theirs) < 1e-6
 
 
+@BORDERS
 def test_whole_updates_are_the_same(made):
     """Iterations of several epochs, the adapter moving, with graphs and with padding alone; and the first ratio is 1."""
     states = []
     for on in (True, False):
         model = make(ppo__epochs=3)
-        model.graphs = UpdateGraphs()
+        model.graphs = UpdateGraphs(model.backbone.borders)
         model.graphs.on = on
         optimizer, seen = make_optimizer(model.trainable(), 1e-2, 1e-5), []
         for seed in range(3):
@@ -270,11 +281,12 @@ def test_whole_updates_are_the_same(made):
     assert made and states[0][1] == states[1][1] and same(states[0][0], states[1][0])
 
 
+@BORDERS
 def test_other_settings_are_another_graph(made):
     """Whatever number the loss computes with is in a graph for good; a KL weight that is not in the loss is not."""
     for estimator, graphs in (("k3", 2), ("k1", 1)):
         model = make(ppo__kl_estimator=estimator, ppo__max_grad_norm=1e9)
-        model.graphs = UpdateGraphs()
+        model.graphs = UpdateGraphs(model.backbone.borders)
         minis, _ = estimated(model, 0)
         made.clear()
         away(model)
@@ -293,7 +305,7 @@ def test_other_settings_are_another_graph(made):
 
 def test_critic_only_steps_have_no_graph(made):
     model = make()
-    model.graphs = UpdateGraphs()
+    model.graphs = UpdateGraphs(model.backbone.borders)
     minis, _ = estimated(model, 0)
     found, _ = gradients(model, minis, critic_only=True)
     assert not made and all(g is None for g in found[:-2]) and all(g is not None for g in found[-2:])
@@ -305,7 +317,7 @@ def test_critic_only_steps_have_no_graph(made):
 def test_a_bucket_that_is_seen_once_gets_no_graph(made, monkeypatch):
     monkeypatch.setattr(update_graphs, "MAKE_AT", 3)
     model = make()
-    model.graphs = UpdateGraphs()
+    model.graphs = UpdateGraphs(model.backbone.borders)
     minis, _ = estimated(model, 0)
     for times in range(1, 5):
         gradients(model, minis)
@@ -323,7 +335,7 @@ def test_a_bucket_that_is_seen_once_gets_no_graph(made, monkeypatch):
 def test_a_graph_that_cannot_be_made_is_done_without(made, monkeypatch, error, said):
     """The micro-batch is not made smaller for it, and its gradient is as if nothing had been tried."""
     model = make(ppo__max_grad_norm=1e9)
-    model.graphs = UpdateGraphs()
+    model.graphs = UpdateGraphs(model.backbone.borders)
     minis, _ = estimated(model, 0, minibatches=2)
     gradients(model, minis[:1])
     assert len(made) == 1
@@ -345,7 +357,7 @@ def test_out_of_memory_lets_go_of_graphs_first(made):
     """Whatever it is that runs out: what is there for speed alone goes before anything is made smaller."""
     model = make(micro_batch_tokens=4096)
     said: list[str] = []
-    model.graphs, model.notify = UpdateGraphs(), said.append
+    model.graphs, model.notify = UpdateGraphs(model.backbone.borders), said.append
     minis, _ = estimated(model, 0)
     gradients(model, minis)
     assert model.graphs.made
@@ -408,7 +420,7 @@ class Seen(TorchDispatchMode):
 def test_what_is_left_to_launch(made, monkeypatch):
     """Per micro-batch the copies of the trees and of what is known, the graph and its metrics; per step the optimizer's few."""
     model = make()
-    model.graphs = UpdateGraphs()
+    model.graphs = UpdateGraphs(model.backbone.borders)
     minis, _ = estimated(model, 0)
     optimizer = make_optimizer(model.trainable(), 1e-3, 1e-5)
     step = lambda: ppo._gradients(model, optimizer, minis[0], 0.05, model.config, False)  # noqa: E731
