@@ -252,10 +252,13 @@ BLOCKS = (64, 128, 256)
 
 def own_tile(float32: bool, block: int, paged: bool) -> Tile:
     """For the own cache: 16 rows are what a matrix instruction needs; two tiles of keys and values are on their way (float32:
-    one). The compiler keeps as many of the table's entries on their way to these, with as many stages more."""
+    one). The compiler keeps as many of the table's entries on their way to these, with as many stages more; heads of 256 have
+    one less, or triton 3.6 would spill."""
     if float32:
         return Tile(16, 16 if block == 256 else 32, 32, 8 if paged and block == 64 else 4, 3 if paged else 2)
-    return Tile(16, 32 if block == 256 else 64, block, 4, 5 if paged else 3)
+    if block == 256:
+        return Tile(16, 32, block, 4, 4 if paged else 3)
+    return Tile(16, 64, block, 4, 5 if paged else 3)
 
 
 def root_tile(float32: bool, block: int) -> Tile:

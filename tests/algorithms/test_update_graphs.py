@@ -106,6 +106,7 @@ def made(monkeypatch, request):
         monkeypatch.setattr(Machine, "borders", lambda self, layer: layer.fused)
     monkeypatch.setitem(varlen.LIBRARIES, "varlen", Dense())
     monkeypatch.setenv("FASTPPO_ATTENTION", "varlen")
+    monkeypatch.setattr(import_module("fastppo_kernels.attention"), "_found", {})  # what others found to be missing
     monkeypatch.setattr(update_graphs, "MAKE_AT", 1)
     # As on a GPU: operators, into which nobody looks, where a CPU calls the functions that they are made of.
     monkeypatch.setattr(import_module("fastppo_kernels._eager"), "is_eager", lambda _: False)

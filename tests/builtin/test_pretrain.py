@@ -15,6 +15,9 @@ TINY = "--tokens 600 --vocab 300 --hidden 32 --layers 1 --heads 2 --row 32 --bat
 @pytest.fixture(autouse=True)
 def few_documents(monkeypatch):
     monkeypatch.setattr(pretrain, "TOKENIZER_DOCUMENTS", 200)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # the script sets them: other tests compare bits with processes of one thread
 
 
 def weights(folder):
