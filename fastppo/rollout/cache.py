@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastppo.model.attention import in_any_order
+
 Layers = list[tuple[Tensor, Tensor]]  # of each layer keys and values
 
 # Places of a page. Attention looks up each key's page by itself, so that small ones cost it nothing; of each sample's pages
@@ -138,9 +140,10 @@ class Pages:
         # Each page is filled from its first place on.
         place = [np.arange(len(part)) % PAGE for part in page]
         at, to, line = (on_device(np.concatenate(x), self.device) for x in (place, page, source))
-        for caches, layer in zip(self.own, kept, strict=True):
-            for cache, new in zip(caches, layer, strict=True):
-                cache[to, :, at] = new[line]
+        with in_any_order(self.device):  # no place comes twice
+            for caches, layer in zip(self.own, kept, strict=True):
+                for cache, new in zip(caches, layer, strict=True):
+                    cache[to, :, at] = new[line]
         self.table[start:rows] = on_device(self.host[start:rows], self.device)
 
     def pages(self, rows: int, longest: int) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from engine import make_model, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.model.attention import DecodeContext, in_any_order
+from fastppo.rollout import cache as cache_module
 from fastppo.rollout import decoder, sampler
 from fastppo.rollout.cache import PAGE, Lines, Pages, pages_of
 from fastppo.rollout.sampler import Sampling, generate
@@ -190,6 +192,36 @@ def test_keys_are_written_in_any_order_and_all_else_as_before(device, warn_only)
     with in_any_order(torch.device(device)):
         assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+class Writes(TorchDispatchMode):
+    """Of each write to places by number, whether torch was to be deterministic."""
+
+    def __init__(self):
+        super().__init__()
+        self.deterministic: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.index_put_:
+            self.deterministic.append(torch.are_deterministic_algorithms_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+def test_pages_are_filled_without_sorting_their_places(monkeypatch):
+    """Keys and values of each layer, on what the cache takes for a GPU."""
+    monkeypatch.setattr(cache_module, "on_device", lambda numbers, device: torch.as_tensor(numbers, dtype=torch.int64))
+    cache = Pages(4, 2, PAGE + 3, 2, CPU)
+    cache.device = torch.device("cuda")
+    keys = torch.randn(PAGE + 3, 2, 4)
+    try:
+        torch.use_deterministic_algorithms(True)
+        with Writes() as writes:
+            cache.fill(0, [(keys, keys)] * 3, np.arange(PAGE + 3)[None])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert writes.deterministic == [False] * 6
+    assert torch.equal(found(cache, 1, PAGE + 3), keys)
 
 
 def test_attention_in_pages_of_the_sampler_is_that_in_lines():
