@@ -289,13 +289,15 @@ class Budget:
         slots, own = max(config.sample.slots, config.ppo.samples), longest - shared
         capacity = own + config.sample.max_new_tokens
         places, words = slots * capacity, f"{slots:,} slots of {capacity:,} tokens"
-        pages = pages_of(slots, config.ppo.samples, own, config.sample.max_new_tokens)
-        # A prompt's samples share its pages, but not where a model runs padded, as any may whose layers are not known.
+        # A prompt's samples share its pages; evaluation takes one of each, and fills all slots with prompts. Nothing is shared
+        # either where a model runs padded, as any may whose layers are not known.
+        shapes = ((slots, config.ppo.samples), (config.sample.slots, 1))
+        pages = max(pages_of(*shape, own, config.sample.max_new_tokens) for shape in shapes)
         if self.device.cuda and (sizes.layer is not None or pages * PAGE > places):
             places, words = pages * PAGE, f"{pages:,} pages of {PAGE} tokens for {slots:,} slots"
         cache = (places + shared) * sizes.cache * sizes.itemsize
         yield Part("KV cache", "sampling", cache, f"{words}, and {shared:,} for all of them")
-        at_once = max(own, min(tokens, slots // config.ppo.samples * own))
+        at_once = max(own, min(tokens, config.sample.slots * own))  # of evaluation's prompts
         prefill = at_once * sizes.cache * sizes.itemsize
         if sizes.layer is not None:
             prefill += memory.layer_forward(sizes.layer, self._machine, Batch(at_once, at_once, at_once))

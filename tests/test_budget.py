@@ -67,20 +67,37 @@ def test_only_what_a_run_has_is_counted():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
 def test_the_cache_is_that_of_the_longest_prompts(kind, monkeypatch):
-    """Prompts of the most tokens with nothing in common."""
+    """Prompts of the most tokens with nothing in common: in pages evaluation's, one sample of each."""
     model = make_model(kind, max_prompt_tokens=9, sample__max_new_tokens=5, sample__slots=6, ppo__samples=2)
     prompts = [[3 + i, *random_ids(random.Random(i), 8)] for i in range(3)]
     for device in (CPU, Device.named("24GiB")):
         monkeypatch.setattr(decoder, "in_pages", lambda _, cuda=device.cuda: cuda)
-        made = decoder.PackedDecoder(model.backbone, prompts, 2, 6, 5, 64)
-        with torch.no_grad():
-            made.admit(prompts)
-        counted, there = parts_of(model.config, device)["KV cache"], bytes_of(x for layer in made.cache.own for x in layer)
-        assert counted == there
-    # Of other models it is not known whether they run padded, where samples share nothing. 6 x 69 places against 37 x 8.
+        there = []
+        for samples in (2, 1):
+            made = decoder.PackedDecoder(model.backbone, prompts, samples, 6, 5, 64)
+            with torch.no_grad():
+                made.admit(prompts)
+            there.append(bytes_of(x for layer in made.cache.own for x in layer))
+        assert parts_of(model.config, device)["KV cache"] == max(there) == there[1]
+    # 6 x 69 places against 6 x (8 + 2) + 1 pages.
     long = make_config(kind, max_prompt_tokens=64, sample__max_new_tokens=5, sample__slots=6, ppo__samples=2)
     lines, pages = (parts_of(long, device)["KV cache"] for device in (CPU, Device.named("24GiB")))
-    assert (lines == pages) if kind == "gpt_neox" else (lines * 37 * 8 == pages * 6 * 69)
+    assert lines * 61 * 8 == pages * 6 * 69
+    # With fewer slots than samples it is these that count: 8 x 2 + 8 + 1 pages. Where models may run padded, 8 x 69 places.
+    few = replace(long, sample=replace(long.sample, slots=1), ppo=replace(long.ppo, samples=8))
+    lines, pages = (parts_of(few, device)["KV cache"] for device in (CPU, Device.named("24GiB")))
+    assert (lines == pages) if kind == "gpt_neox" else (lines * 25 * 8 == pages * 8 * 69)
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_prompts_of_an_evaluation_are_counted_where_they_are_prefilled(samples):
+    """As many at a time as a micro-batch takes, with one sample of each: not an eighth of them."""
+    config = make_config("llama", max_prompt_tokens=16, sample__slots=64, ppo__samples=samples)
+    model, _ = plan.shapes(config, torch.float32)
+    run = Budget(budget.sizes_of(add_policy(model, config), llama=True), config, CPU, Prompts(16))
+    for tokens, at_once in ((8, 16), (200, 200), (4096, 64 * 16)):
+        [how] = [part.how for part in run.sampling(tokens) if part.name == "prefill"]
+        assert how.startswith(f"keys and values of {at_once:,} tokens, ")
 
 
 def test_weights_that_the_sampler_folds_are_counted():
