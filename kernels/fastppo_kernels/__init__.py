@@ -11,6 +11,7 @@ from .attention import (
     attention,
     attention_backends,
     chosen_attention_backend,
+    chosen_decode_backend,
     decode_attention,
     tree_attention,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "attention_backends",
     "attention_memory",
     "chosen_attention_backend",
+    "chosen_decode_backend",
     "chosen_kernel_backend",
     "decode_attention",
     "decoder_layer",

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ._attention_layout import Bucket, TreeLayout, hidden, layout_of
 from ._checks import accumulate_dtype, check_device, check_float, check_index, check_integer, check_number, check_shape
-from ._dispatch import Backend, use_triton
+from ._dispatch import Backend, chosen_kernel_backend, use_triton
 from ._gather import add_rows_
 from ._products import no_autocast
 
@@ -412,9 +412,25 @@ def decode_attention(
 def _has_kernel(q: Tensor, *keys_and_values: Tensor) -> bool:
     """Whether the Triton form of `decode_attention` takes these."""
     tensors = (q, *keys_and_values)
-    if q.dtype == torch.float64 or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
-    return all(0 < x.shape[-1] <= _WIDEST and x.shape[-1] % 8 == 0 for x in tensors)
+    return _kernel_suits(q.dtype, *(x.shape[-1] for x in tensors))
+
+
+def _kernel_suits(dtype: torch.dtype, *dims: int) -> bool:
+    """dims: of heads."""
+    return dtype != torch.float64 and all(0 < dim <= _WIDEST and dim % 8 == 0 for dim in dims)
+
+
+def chosen_decode_backend(device: torch.device, dtype: torch.dtype, *dims: int, backend: Backend | None = None) -> str:
+    """"triton" or "torch": what `decode_attention` runs for tensors of this device and dtype and heads of these sizes where no
+    gradient is wanted. Nothing is made on the device.
+
+    Raises:
+        ValueError: an unknown back end, or ``triton`` where it cannot run.
+    """
+    chosen = chosen_kernel_backend(device, backend)
+    return chosen if _kernel_suits(dtype, *dims) else "torch"
 
 
 def _decode(

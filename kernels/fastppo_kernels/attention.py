@@ -29,14 +29,21 @@ from torch import Tensor
 
 from ._attention_cpu import CpuAttention, refuses
 from ._attention_layout import TreeLayout, check_tree, check_values
-from ._attention_torch import TreeAttention, check_heads, check_options, decode_attention, tree_attention_op
+from ._attention_torch import (
+    TreeAttention,
+    check_heads,
+    check_options,
+    chosen_decode_backend,
+    decode_attention,
+    tree_attention_op,
+)
 from ._attention_varlen import LIBRARIES, varlen_attention
 from ._checks import check_device, check_float, check_integer
 from ._gather import Occurrences
 
 __all__ = [
-    "AttentionBackend", "TreeLayout", "attention", "attention_backends", "chosen_attention_backend", "decode_attention",
-    "tree_attention",
+    "AttentionBackend", "TreeLayout", "attention", "attention_backends", "chosen_attention_backend",
+    "chosen_decode_backend", "decode_attention", "tree_attention",
 ]  # fmt: skip
 
 AttentionBackend = Literal["auto", "flash-attn", "varlen", "xformers", "sdpa", "cpu", "torch"]

@@ -41,7 +41,8 @@ def test_every_case_is_right_in_the_interpreter(case):
 # No op: the types of arguments, what says which libraries are there, what the tests of `patch_peft` have.
 WITHOUT_A_CASE = {"DecoderWeights", "KLEstimator", "LoRAProjection", "NF4Weight", "TreeLayout"}
 WITHOUT_A_CASE |= {"adapter_mask", "attention_backends", "unpatch_peft"}
-WITHOUT_A_CASE |= {"chosen_attention_backend", "chosen_kernel_backend", "kernel_backends", "measurements"}
+WITHOUT_A_CASE |= {"chosen_attention_backend", "chosen_decode_backend", "chosen_kernel_backend", "kernel_backends"}
+WITHOUT_A_CASE |= {"measurements"}
 WITHOUT_A_CASE |= {"fold_lora"}  # for the sampler on a CPU
 WITHOUT_A_CASE |= {"frozen_linear", "row_multiple"}  # on a GPU torch's own product, and 1
 WITHOUT_A_CASE |= {"AttentionMemory", "attention_memory"}  # a count for CPUs

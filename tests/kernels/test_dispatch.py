@@ -5,7 +5,14 @@ import sys
 import pytest
 import torch
 
-from fastppo_kernels import _dispatch, chosen_kernel_backend, kernel_backends
+from fastppo_kernels import (
+    _attention_torch,
+    _dispatch,
+    chosen_decode_backend,
+    chosen_kernel_backend,
+    decode_attention,
+    kernel_backends,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -45,3 +52,20 @@ def test_a_wrong_choice_names_where_it_was_made(monkeypatch):
     monkeypatch.setenv("FASTPPO_KERNELS", "cuda")
     with pytest.raises(ValueError, match="^FASTPPO_KERNELS must be one of auto, triton, torch, got 'cuda'$"):
         chosen_kernel_backend(CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [8, 12, 256, 264])
+def test_what_decoding_takes_is_what_it_says(dtype, dim, monkeypatch):
+    monkeypatch.setenv("FASTPPO_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_dispatch, "_TRITON_INSTALLED", True)
+    taken = []
+    monkeypatch.setattr(_attention_torch, "_decode", lambda q, *_: taken.append("triton") or q)
+    q, root, own = (torch.zeros(shape, dtype=dtype) for shape in ((1, 2, dim), (0, 2, dim), (1, 2, 1, dim)))
+    decode_attention(q, root, root, own, own, torch.ones(1, dtype=torch.int64))
+    assert chosen_decode_backend(CPU, dtype, dim) == (taken or ["torch"])[0]
+    assert chosen_decode_backend(CPU, dtype, 8, 12) == chosen_decode_backend(CPU, dtype, dim, backend="torch") == "torch"
+    monkeypatch.delenv("FASTPPO_KERNELS")
+    assert chosen_decode_backend(CPU, dtype, dim) == "torch"
+    assert (chosen_decode_backend(CUDA, dtype, dim) == "triton") is (dtype != torch.float64 and dim in (8, 256))
