@@ -27,7 +27,7 @@ from fastppo.machine import memory_of_host
 from fastppo.memory import DTYPES, GROUPS, Batch, Head, Layer, Machine
 from fastppo.model.adapters import POLICY, adapter_tensors
 from fastppo.model.llama_trunk import window_of
-from fastppo.rollout.cache import PAGE, pages_of
+from fastppo.rollout.cache import PAGE, head_dim_of, in_pages, pages_of
 from fastppo.rollout.decoder import FOLD_FROM
 from fastppo.rollout.step_graphs import GRAPHS_FROM
 from fastppo_kernels import AttentionMemory, TreeLayout, attention_memory, row_multiple
@@ -98,8 +98,9 @@ class Sizes:
 
     base: bytes of its weights. linear: weights of its linear layers but the head. adapter: parameters of an adapter. vocab,
     hidden: of the head. layer: None where the trunk is not of Llama's shape. outputs: of all linear layers, entries a token.
-    cache: entries of keys and values a token. positions: the most that it knows, if it says so. itemsize: bytes of its numbers.
-    blocks: whether it can be computed again block by block. windowed: whether a layer's attention has a window.
+    cache: entries of keys and values a token. head_dim: of keys. positions: the most that it knows, if it says so. itemsize:
+    bytes of its numbers. blocks: whether it can be computed again block by block. windowed: whether a layer's attention has a
+    window.
     """
 
     base: int
@@ -111,6 +112,7 @@ class Sizes:
     layer: Layer | None
     outputs: int
     cache: int
+    head_dim: int
     positions: int | None
     itemsize: int
     blocks: bool
@@ -130,7 +132,7 @@ def sizes_of(peft: PeftModel, *, llama: bool, nf4: bool = False) -> Sizes:
     # Code of its own may know other names: then the count is rough, and training goes on all the same.
     layers = getattr(config, "num_hidden_layers", None) or max(1, len(blocks))
     heads = getattr(config, "num_attention_heads", None) or 1
-    width = getattr(config, "head_dim", None) or head.weight.shape[1] // heads
+    width = head_dim_of(config, head.weight.shape[1])
     return Sizes(
         base=base + (int(weights * NF4_BYTES) if nf4 else 0),
         linear=weights,
@@ -141,6 +143,7 @@ def sizes_of(peft: PeftModel, *, llama: bool, nf4: bool = False) -> Sizes:
         layer=_layer(trunk.layers[0], fused=not nf4) if llama else None,
         outputs=sum(_outputs(m) for m in linear.values()),
         cache=2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width,
+        head_dim=width,
         positions=getattr(config, "max_position_embeddings", None),
         itemsize=head.weight.element_size(),
         blocks=llama or bool(blocks),
@@ -293,7 +296,8 @@ class Budget:
         # either where a model runs padded, as any may whose layers are not known.
         shapes = ((slots, config.ppo.samples), (config.sample.slots, 1))
         pages = max(pages_of(*shape, own, config.sample.max_new_tokens) for shape in shapes)
-        if self.device.cuda and (sizes.layer is not None or pages * PAGE > places):
+        paged = in_pages(torch.device(self.device.kind), DTYPES[sizes.itemsize], sizes.head_dim)
+        if paged and (sizes.layer is not None or pages * PAGE > places):
             places, words = pages * PAGE, f"{pages:,} pages of {PAGE} tokens for {slots:,} slots"
         cache = (places + shared) * sizes.cache * sizes.itemsize
         yield Part("KV cache", "sampling", cache, f"{words}, and {shared:,} for all of them")

@@ -21,6 +21,7 @@ from fastppo.model.adapters import add_policy
 from fastppo.model.llama_trunk import LlamaTrunk
 from fastppo.model.load import pick_dtype
 from fastppo.rollout import decoder
+from fastppo_kernels import _dispatch
 
 CPU = Device("cpu", 16 * GIB, "the CPU")
 
@@ -68,10 +69,12 @@ def test_only_what_a_run_has_is_counted():
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
 def test_the_cache_is_that_of_the_longest_prompts(kind, monkeypatch):
     """Prompts of the most tokens with nothing in common: in pages evaluation's, one sample of each."""
+    monkeypatch.delenv("FASTPPO_KERNELS", raising=False)
+    monkeypatch.setattr(_dispatch, "_TRITON_INSTALLED", True)
     model = make_model(kind, max_prompt_tokens=9, sample__max_new_tokens=5, sample__slots=6, ppo__samples=2)
     prompts = [[3 + i, *random_ids(random.Random(i), 8)] for i in range(3)]
     for device in (CPU, Device.named("24GiB")):
-        monkeypatch.setattr(decoder, "in_pages", lambda _, cuda=device.cuda: cuda)
+        monkeypatch.setattr(decoder, "in_pages", lambda *_, cuda=device.cuda: cuda)
         there = []
         for samples in (2, 1):
             made = decoder.PackedDecoder(model.backbone, prompts, samples, 6, 5, 64)
@@ -87,6 +90,11 @@ def test_the_cache_is_that_of_the_longest_prompts(kind, monkeypatch):
     few = replace(long, sample=replace(long.sample, slots=1), ppo=replace(long.ppo, samples=8))
     lines, pages = (parts_of(few, device)["KV cache"] for device in (CPU, Device.named("24GiB")))
     assert (lines == pages) if kind == "gpt_neox" else (lines * 25 * 8 == pages * 8 * 69)
+    monkeypatch.setenv("FASTPPO_KERNELS", "torch")  # which reads no pages where they lie
+    assert parts_of(long, Device.named("24GiB"))["KV cache"] == parts_of(long)["KV cache"]
+    monkeypatch.setenv("FASTPPO_KERNELS", "gpu")
+    with pytest.raises(UserError, match="^FASTPPO_KERNELS must be one of auto, triton, torch, got 'gpu'$"):
+        parts_of(long, Device.named("24GiB"))
 
 
 @pytest.mark.parametrize("samples", [1, 8])
@@ -143,7 +151,7 @@ RANKS = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 16)
 LAYER = Layer(hidden=4096, inner=14336, heads=32, kv_heads=8, head_dim=128, ranks=RANKS)
 EIGHT = budget.Sizes(
     base=16_060_522_496, linear=6_979_321_856, adapter=41_943_040, vocab=128256, hidden=4096, layers=32, layer=LAYER,
-    outputs=32 * (4096 * 3 + 2 * 1024 + 2 * 14336), cache=2 * 32 * 1024, positions=8192, itemsize=2, blocks=True,
+    outputs=32 * (4096 * 3 + 2 * 1024 + 2 * 14336), cache=2 * 32 * 1024, head_dim=128, positions=8192, itemsize=2, blocks=True,
 )  # fmt: skip
 SHORT = Config(max_prompt_tokens=128, sample=SampleConfig(slots=64))
 
@@ -194,7 +202,7 @@ def test_graphs_where_the_host_is_slower_and_there_is_room_beside_them():
     layer = replace(LAYER, hidden=896, inner=4864, heads=14, kv_heads=2, head_dim=64)
     half = replace(
         EIGHT, base=988_065_792, linear=357_826_560, adapter=8_798_208, vocab=151936, hidden=896, layers=24, layer=layer,
-        cache=2 * 24 * 128,
+        cache=2 * 24 * 128, head_dim=64,
     )  # fmt: skip
     config = replace(SHORT, micro_batch_tokens=2048)
     h100, small = Device.named("h100-80"), Device.named("5GiB")

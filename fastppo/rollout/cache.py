@@ -2,24 +2,43 @@
 
 ``Pages`` holds a prompt once for all its samples: pages that it fills are theirs together, what is left of it is copied into
 the first page of each, in which the answer goes on. ``Lines`` gives each sequence a line of places side by side, which is what
-the products of a CPU want: there, gathering pages would cost more than the copies of a prompt do.
+the products of a CPU want, and of a GPU without Triton's kernels: gathering pages costs more than the copies of a prompt do.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastppo.errors import UserError
 from fastppo.model.attention import in_any_order
+from fastppo_kernels import chosen_decode_backend
 
 Layers = list[tuple[Tensor, Tensor]]  # of each layer keys and values
 
 # Places of a page. Attention looks up each key's page by itself, so that small ones cost it nothing; of each sample's pages
 # half a page is wasted on average at the end, and half a page copied at the beginning. 8 heads of 128 are 16 KiB.
 PAGE = 8
+
+
+def in_pages(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether keys and values lie in pages there: only Triton's kernels read them where they lie.
+
+    Raises:
+        UserError: FASTPPO_KERNELS asks for what cannot run there.
+    """
+    try:
+        return device.type == "cuda" and chosen_decode_backend(device, dtype, head_dim) == "triton"
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def head_dim_of(config: Any, hidden: int) -> int:
+    """Of a decoder's keys. Code of its own may know other names than its configuration's: then it is a guess."""
+    return getattr(config, "head_dim", None) or hidden // (getattr(config, "num_attention_heads", None) or 1)
 
 
 def pages_of(slots: int, samples: int, longest: int, new: int) -> int:
@@ -81,8 +100,9 @@ class Lines:
         if moves:
             longest = max(used[source] for _, source in moves)
             to, source = on_device(np.array(moves), self.device).unbind(1)
-            for cache in (cache for layer in self.own for cache in layer):
-                cache[to, :, :longest] = cache[source, :, :longest]
+            with in_any_order(self.device):  # no place comes twice
+                for cache in (cache for layer in self.own for cache in layer):
+                    cache[to, :, :longest] = cache[source, :, :longest]
 
 
 class Pages:

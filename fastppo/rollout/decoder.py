@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from fastppo.batch.token_tree import build_tree, common_prefix, cut_by_tokens
 from fastppo.model.attention import DecodeContext, TreeContext
 from fastppo.model.backbone import Backbone
-from fastppo.rollout.cache import Cache, Lines, Pages, on_device
+from fastppo.rollout.cache import Cache, Lines, Pages, head_dim_of, in_pages, on_device
 from fastppo.rollout.step_graphs import StepGraphs, usable
 
 
@@ -50,11 +50,6 @@ class Decoder(Protocol):
 FOLD_FROM = 8  # new tokens
 
 
-def in_pages(device: torch.device) -> bool:
-    """Whether keys and values lie in pages there."""
-    return device.type == "cuda"
-
-
 class PackedDecoder:
     """Sequences with a key-value cache each, over a root that all share.
 
@@ -75,7 +70,9 @@ class PackedDecoder:
         if self.root_length:
             self.root = self._prefill([prompts[0][: self.root_length]])[1]
         longest = max(len(p) for p in prompts) - self.root_length
-        cache = Pages if in_pages(self.device) else Lines
+        weight = backbone.head.weight
+        head_dim = head_dim_of(backbone.model.config.get_text_config(), weight.shape[1])
+        cache = Pages if in_pages(self.device, weight.dtype, head_dim) else Lines
         self.cache: Cache = cache(slots, samples, longest, max_new_tokens, self.device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=self.device)  # 0: nobody's
         self.host_lengths: list[int] = []

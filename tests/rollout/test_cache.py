@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastppo.model.attention import DecodeContext, in_any_order
 from fastppo.rollout import cache as cache_module
 from fastppo.rollout import decoder, sampler
-from fastppo.rollout.cache import PAGE, Lines, Pages, pages_of
+from fastppo.rollout.cache import PAGE, Lines, Pages, in_pages, pages_of
 from fastppo.rollout.sampler import Sampling, generate
+from fastppo_kernels import _dispatch
 
 CPU = torch.device("cpu")
 
@@ -157,7 +158,7 @@ def test_a_straggler_keeps_its_prompts_pages_and_others_wait_for_room():
 def test_no_page_is_left_behind_by_the_sampler(samples, late, monkeypatch):
     """A thousand sequences through 32 slots, looked at whenever some have ended."""
     monkeypatch.setattr(sampler, "LAG", {"cpu": late})
-    monkeypatch.setattr(decoder, "in_pages", lambda device: True)
+    monkeypatch.setattr(decoder, "in_pages", lambda *_: True)
     made, real = [], sampler.make_decoder
     monkeypatch.setattr(sampler, "make_decoder", lambda *how: made.append(real(*how)) or made[-1])
     sound, keep = [], Pages.keep
@@ -174,6 +175,40 @@ def test_no_page_is_left_behind_by_the_sampler(samples, late, monkeypatch):
     generate(model, prompts, samples, Sampling(max_new_tokens=12, slots=32), seed=0)
     assert len(sound) > 50 and max(made[0].cache.users) == 0 and len(made[0].cache.free) == len(made[0].cache.users) - 1
     torch.testing.assert_close(made[0].cache.table, torch.zeros_like(made[0].cache.table))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "kernels", "triton", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, "", True, True),
+        ("cuda", torch.float32, 8, "triton", True, True),
+        ("cuda", torch.bfloat16, 128, "torch", True, False),
+        ("cuda", torch.bfloat16, 128, "", False, False),
+        ("cuda", torch.bfloat16, 100, "", True, False),
+        ("cuda", torch.bfloat16, 264, "", True, False),
+        ("cuda", torch.float64, 128, "", True, False),
+        ("cpu", torch.float32, 128, "", True, False),
+        ("cpu", torch.float32, 128, "triton", True, False),
+    ],
+)
+def test_pages_where_a_kernel_reads_them_in_place(device, dtype, head_dim, kernels, triton, expected, monkeypatch):
+    """Torch's form copies the pages of all sequences, in every layer and step."""
+    monkeypatch.setenv("FASTPPO_KERNELS", kernels)
+    monkeypatch.setattr(_dispatch, "_TRITON_INSTALLED", triton)
+    assert in_pages(torch.device(device), dtype, head_dim) is expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
+def test_the_decoder_asks_of_the_heads_that_it_caches(kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(decoder, "in_pages", lambda *of: asked.append(of) or True)
+    made = decoder.PackedDecoder(make_model(kind).backbone, [[5, 6]], 2, 4, 5, 64)
+    with torch.no_grad():
+        made.admit([[5, 6]])
+    keys = made.cache.own[0][0]
+    assert isinstance(made.cache, Pages) and asked == [(keys.device, keys.dtype, keys.shape[3])]
+    monkeypatch.setattr(decoder, "in_pages", lambda *_: False)
+    assert isinstance(decoder.PackedDecoder(make_model(kind).backbone, [[5, 6]], 2, 4, 5, 64).cache, Lines)
 
 
 @pytest.mark.parametrize("warn_only", [False, True])
@@ -222,6 +257,23 @@ def test_pages_are_filled_without_sorting_their_places(monkeypatch):
         torch.use_deterministic_algorithms(False)
     assert writes.deterministic == [False] * 6
     assert torch.equal(found(cache, 1, PAGE + 3), keys)
+
+
+def test_lines_move_without_sorting_their_places(monkeypatch):
+    """As a GPU has them where no kernel reads pages."""
+    monkeypatch.setattr(cache_module, "on_device", lambda numbers, device: torch.as_tensor(numbers, dtype=torch.int64))
+    cache = Lines(4, 2, 3, 2, CPU)
+    cache.device = torch.device("cuda")
+    keys = torch.randn(6, 2, 4)
+    cache.fill(0, [(keys, keys)] * 3, np.arange(6).reshape(2, 3))
+    try:
+        torch.use_deterministic_algorithms(True)
+        with Writes() as writes:
+            cache.keep(4, [3, 1], [3] * 4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert writes.deterministic == [False] * 6
+    assert torch.equal(found(cache, 0, 3), keys[3:]) and torch.equal(found(cache, 1, 3), keys[:3])
 
 
 def test_attention_in_pages_of_the_sampler_is_that_in_lines():

@@ -27,7 +27,7 @@ DRAW = Sampling(temperature=1.0, max_new_tokens=8, slots=4)
 def ways(request, monkeypatch):
     """There keys and values lie in pages, and the host looks at tokens when the next ones are under way."""
     gpu = request.param == "as on a GPU"
-    monkeypatch.setattr(decoder, "in_pages", lambda device: gpu)
+    monkeypatch.setattr(decoder, "in_pages", lambda *_: gpu)
     monkeypatch.setattr(sampler, "LAG", {"cpu": int(gpu)})
 
 

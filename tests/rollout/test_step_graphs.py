@@ -61,7 +61,7 @@ def made(monkeypatch):
 @pytest.mark.parametrize(("kind", "slots", "samples"), [("llama", 6, 3), ("qwen2", 5, 1), ("mistral", 64, 1)])
 def test_the_same_samples_as_without(kind, slots, samples, pages, made, monkeypatch):
     """Sequences end at different times (so rows move and buckets shrink), and others take their places."""
-    monkeypatch.setattr(decoder, "in_pages", lambda device: pages)
+    monkeypatch.setattr(decoder, "in_pages", lambda *_: pages)
     monkeypatch.setattr(sampler, "LAG", {"cpu": int(pages)})
     model = sharpen(make_model(kind, sample__max_new_tokens=20))
     model.base = replace(model.base, eos_ids=tuple(range(40)))
