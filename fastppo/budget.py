@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastppo import memory
 from fastppo.batch.buckets import padded_tokens
+from fastppo.batch.decoding import FOLD_FROM, GRAPHS_FROM, PAGE, head_dim_of, in_pages, pages_of
 from fastppo.batch.token_tree import build_tree, common_prefix
 from fastppo.config import Config
 from fastppo.errors import UserError
@@ -27,9 +28,6 @@ from fastppo.machine import memory_of_host
 from fastppo.memory import DTYPES, GROUPS, Batch, Head, Layer, Machine
 from fastppo.model.adapters import POLICY, adapter_tensors
 from fastppo.model.llama_trunk import window_of
-from fastppo.rollout.cache import PAGE, head_dim_of, in_pages, pages_of
-from fastppo.rollout.decoder import FOLD_FROM
-from fastppo.rollout.step_graphs import GRAPHS_FROM
 from fastppo_kernels import AttentionMemory, TreeLayout, attention_memory, row_multiple
 
 GIB = 1 << 30

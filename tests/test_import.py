@@ -62,6 +62,38 @@ def test_the_engine_takes_only_public_names_of_the_kernels():
     assert len(taken) > 20 and [name for name in taken if "._" in name] == []
 
 
+# What each part may import: what stands before it.
+LEVELS = (("batch", "tasks"), ("model",), ("rollout", "rewards"), ("algorithms",), ("trainer",), ("cli",))
+
+
+def test_the_engine_imports_downwards():
+    """By way of whatever lies between: `model` imports the plan of memory, which knows how the sampler decodes."""
+    taken: dict[str, set[str]] = {}
+    for path in sorted((REPO / "fastppo").rglob("*.py")):
+        name = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+        found = taken[name] = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # of modules: what is loaded with them
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                found |= {node.module} | {f"{node.module}.{each.name}" for each in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {each.name for each in node.names}
+    above: set[str] = {each for level in LEVELS for each in level}
+    upwards = []
+    for level in LEVELS:
+        above -= set(level)
+        seen = {name for name in taken if name.split(".")[1:2] and name.split(".")[1] in level}
+        assert seen, level
+        ahead = sorted(seen)
+        while ahead:
+            name = ahead.pop()
+            for other in sorted(taken[name] & set(taken) - seen):
+                seen.add(other)
+                ahead.append(other)
+                if other.split(".")[1:2] and other.split(".")[1] in above:
+                    upwards.append(f"{name} imports {other}")
+    assert upwards == []
+
+
 def test_no_package_named_kernels():
     # A package of that name would shadow the public one that transformers looks for.
     assert not (REPO / "kernels" / "__init__.py").exists()

@@ -70,9 +70,9 @@ class _Rows:
 def _steps(inputs: Inputs, backend: Any) -> Results:
     """Hidden states of ten steps of five sequences, the second of which ends after five, and which tokens were not those that
     are drawn from them: none. On a GPU, and but for the torch form, the last of each five are a CUDA graph's replays."""
+    from fastppo.batch.decoding import GRAPHS_FROM
     from fastppo.model.backbone import Backbone
     from fastppo.rollout.decoder import PackedDecoder
-    from fastppo.rollout.step_graphs import GRAPHS_FROM
 
     backbone = Backbone(copy.deepcopy(inputs["model"]))  # it changes the model's attention
     prompts = [[7, 8, 9, *range(20 * i + 10, 25 * i + 12)] for i in range(5)]

@@ -2,7 +2,7 @@
 
 A graph reads what lies where it lay when it was made: the micro-batch is copied to tensors of its own first; weights and
 adapters stay. Gradients are added to tensors that stay too, and that the parameters' ``grad`` is for the while. The buckets are
-`fastppo.batch.buckets`; `fastppo.rollout.step_graphs` does the same for steps of decoding.
+`fastppo.batch.buckets`; the sampler does the same with steps of decoding.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fastppo.batch.buckets import Padded, Shape
 from fastppo.batch.rollout import MicroBatch
 from fastppo.errors import is_out_of_memory
 from fastppo.model.backbone import Backbone
+from fastppo.model.cuda_graphs import ROPES, VARIABLE, Maker
 from fastppo.model.llama_trunk import window_of
 from fastppo.model.nf4 import in_4_bits
-from fastppo.rollout import step_graphs
 from fastppo_kernels import LoRAWeightBuffer, TreeLayout, chosen_attention_backend
 
 # The time a bucket is seen at which its graph is made: that runs the micro-batch twice more. A guess.
@@ -40,12 +40,12 @@ def usable(backbone: Backbone) -> bool:
     Attention has to be by flash-attn or torch's own FlashAttention: what the others prepare of a tree depends on its numbers.
     4-bit layers are bitsandbytes', of which this is not known.
     """
-    if os.environ.get(step_graphs.VARIABLE, "1") == "0":
+    if os.environ.get(VARIABLE, "1") == "0":
         return False
     weight = backbone.head.weight
     if backbone.llama is None or not weight.is_cuda or in_4_bits(backbone.model):
         return False
-    if getattr(backbone.llama.trunk.rotary_emb, "rope_type", None) not in step_graphs.ROPES:
+    if getattr(backbone.llama.trunk.rotary_emb, "rope_type", None) not in ROPES:
         return False
     attentions = [layer.self_attn for layer in backbone.llama.layers]
     of = {(attention.head_dim, window_of(attention)) for attention in attentions}
@@ -75,7 +75,7 @@ class UpdateGraphs:
         self.on = True  # until one could not be made, or memory ran out
         self.made: dict[Hashable, _Made] = {}
         self.asked: Counter[Hashable] = Counter()
-        self.maker = step_graphs.Maker()
+        self.maker = Maker()
         self.sums: list[Tensor] = []
 
     def replays(self, part: MicroBatch, settings: Hashable) -> bool:

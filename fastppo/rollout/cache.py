@@ -7,45 +7,16 @@ the products of a CPU want, and of a GPU without Triton's kernels: gathering pag
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastppo.errors import UserError
+from fastppo.batch.decoding import PAGE, pages_of
 from fastppo.model.attention import in_any_order
-from fastppo_kernels import chosen_decode_backend
 
 Layers = list[tuple[Tensor, Tensor]]  # of each layer keys and values
-
-# Places of a page. Attention looks up each key's page by itself, so that small ones cost it nothing; of each sample's pages
-# half a page is wasted on average at the end, and half a page copied at the beginning. 8 heads of 128 are 16 KiB.
-PAGE = 8
-
-
-def in_pages(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether keys and values lie in pages there: only Triton's kernels read them where they lie.
-
-    Raises:
-        UserError: FASTPPO_KERNELS asks for what cannot run there.
-    """
-    try:
-        return device.type == "cuda" and chosen_decode_backend(device, dtype, head_dim) == "triton"
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def head_dim_of(config: Any, hidden: int) -> int:
-    """Of a decoder's keys. Code of its own may know other names than its configuration's: then it is a guess."""
-    return getattr(config, "head_dim", None) or hidden // (getattr(config, "num_attention_heads", None) or 1)
-
-
-def pages_of(slots: int, samples: int, longest: int, new: int) -> int:
-    """Pages for ``slots`` sequences, ``samples`` of each prompt, whose prompts have up to ``longest`` tokens of their own and
-    answers ``new``; and one that is nobody's."""
-    together, alone = longest // PAGE, -(-(min(longest, PAGE - 1) + new) // PAGE)
-    return 1 + slots * alone + -(-slots // samples) * together
 
 
 def on_device(numbers: list[int] | np.ndarray, device: torch.device) -> Tensor:

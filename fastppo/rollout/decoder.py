@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from fastppo.batch.decoding import FOLD_FROM, head_dim_of, in_pages
 from fastppo.batch.token_tree import build_tree, common_prefix, cut_by_tokens
 from fastppo.model.attention import DecodeContext, TreeContext
 from fastppo.model.backbone import Backbone
-from fastppo.rollout.cache import Cache, Lines, Pages, head_dim_of, in_pages, on_device
+from fastppo.rollout.cache import Cache, Lines, Pages, on_device
 from fastppo.rollout.step_graphs import StepGraphs, usable
 
 
@@ -47,7 +48,6 @@ class Decoder(Protocol):
         """Let all sequences go but those at these places; returns the old places in their new order."""
 
 
-FOLD_FROM = 8  # new tokens
 
 
 class PackedDecoder:

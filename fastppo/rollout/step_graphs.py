@@ -10,23 +10,16 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastppo.batch.decoding import GRAPHS_FROM
 from fastppo.errors import is_out_of_memory
 from fastppo.model.backbone import Backbone
+from fastppo.model.cuda_graphs import ROPES, VARIABLE, Maker
 
-VARIABLE = "FASTPPO_CUDA_GRAPHS"
-
-# New tokens from which on graphs are made: making one runs the step twice, and the end of a batch needs several. A guess.
-GRAPHS_FROM = 32
 KEYS = 128  # a bucket of keys is a multiple of that
 MAKE_AT = 3  # the step of a bucket that is made a graph: a bucket that is left at once is worth none
-
-# Rotary embeddings that do not ask the host how long the sequences are.
-ROPES = ("default", "linear", "llama3", "yarn")
 
 Run = Callable[[int, int], None]  # the step of so many rows, of which the longest has so many keys
 
@@ -90,51 +83,3 @@ class StepGraphs:
                 warnings.warn(f"decoding goes on without CUDA graphs: {first}", RuntimeWarning, stacklevel=3)
         for x, old in zip(state, before, strict=True):
             x.copy_(old)
-
-
-class Maker:
-    """Makes graphs that share their memory: only one runs at a time, and what it leaves lies in memory from before."""
-
-    def __init__(self) -> None:
-        self.pool: Any = None
-        self.aside: Any = None  # one stream for all: each that ever multiplied keeps a workspace
-
-    def make(self, step: Callable[[], None]) -> Callable[[], None]:
-        """What runs ``step`` again, which it is once while the graph is made.
-
-        Raises:
-            RuntimeError: the step cannot be a graph, or there is no memory for it. Nothing of the attempt is left.
-        """
-        here = torch.cuda.current_stream()
-        if self.pool is None:
-            self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        self.aside.wait_stream(here)
-        try:
-            with torch.cuda.stream(self.aside):  # what is compiled, measured or allocated at a first call must be there before
-                step()
-        finally:
-            here.wait_stream(self.aside)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
-                step()
-        except BaseException:
-            torch.cuda.set_stream(here)  # which torch does not return to where the end of a capture fails
-            _abandon(here.device_index, self.pool)
-            self.pool = None
-            raise
-        return graph.replay
-
-
-def _abandon(device: int, pool: Any) -> None:
-    """End a capture that CUDA has broken off, as far as torch's allocator is concerned.
-
-    `CUDAGraph::capture_end` ends the capture first and, if that fails, raises: the allocator goes on to send what captures ask
-    for to the pool, and counts the graph as one of its users for ever. Both are undone here. If it comes farther, it does that
-    itself, or the graph does when it goes; the allocator then says that it sends nothing there.
-    """
-    try:
-        torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:
-        return
-    torch._C._cuda_releasePool(device, pool)

@@ -18,10 +18,9 @@ from fastppo.algorithms.optim import make_optimizer
 from fastppo.batch.buckets import Shape
 from fastppo.batch.rollout import Rollout, Sample, pack_rollout
 from fastppo.memory import Machine
-from fastppo.model import update_graphs
+from fastppo.model import cuda_graphs, update_graphs
 from fastppo.model.actor_critic import CRITIC, POLICY
 from fastppo.model.update_graphs import UpdateGraphs
-from fastppo.rollout import step_graphs
 from fastppo_kernels import _attention_varlen as varlen
 
 
@@ -114,7 +113,7 @@ def made(monkeypatch, request):
         # On a CPU, and there alone, values are looked at.
         monkeypatch.setattr(import_module(f"fastppo_kernels.{module}"), check, lambda *_: None)
     found = []
-    monkeypatch.setattr(step_graphs.Maker, "make", lambda self, step: found.append(step) or record(step))
+    monkeypatch.setattr(cuda_graphs.Maker, "make", lambda self, step: found.append(step) or record(step))
     return found
 
 
@@ -345,7 +344,7 @@ def test_a_graph_that_cannot_be_made_is_done_without(made, monkeypatch, error, s
         step()  # what was run before it failed has added to the gradients
         raise error
 
-    monkeypatch.setattr(step_graphs.Maker, "make", refuse)
+    monkeypatch.setattr(cuda_graphs.Maker, "make", refuse)
     model.graphs.made.clear()
     with pytest.warns(RuntimeWarning, match=f"^updates go on without CUDA graphs: {said}$"):
         found, metrics = gradients(model, minis)

@@ -13,7 +13,7 @@ from bench.record import Record
 from fastppo.algorithms import ppo
 from fastppo.batch.rollout import pack_rollout
 from fastppo.batch.token_tree import build_tree
-from fastppo.rollout import step_graphs
+from fastppo.model import cuda_graphs
 from fastppo.rollout.sampler import Sampling, generate
 
 CPU = torch.device("cpu")
@@ -189,7 +189,7 @@ def test_an_update_is_measured_with_graphs_too(quick, tmp_path, monkeypatch, fai
         return lambda: None
 
     monkeypatch.setattr(engine.update_graphs, "usable", lambda _: True)
-    monkeypatch.setattr(step_graphs.Maker, "make", make)
+    monkeypatch.setattr(cuda_graphs.Maker, "make", make)
     with pytest.warns(RuntimeWarning, match="without CUDA graphs") if fails else nullcontext():
         assert engine.measure("update", "tiny", CPU, tmp_path / "u.json", soon(), SIZES) == 0
     found = Record.load(tmp_path / "u.json")

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastppo.batch.decoding import PAGE, in_pages, pages_of
 from fastppo.model.attention import DecodeContext, in_any_order
 from fastppo.rollout import cache as cache_module
 from fastppo.rollout import decoder, sampler
-from fastppo.rollout.cache import PAGE, Lines, Pages, in_pages, pages_of
+from fastppo.rollout.cache import Lines, Pages
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo_kernels import _dispatch
 

@@ -12,6 +12,8 @@ import torch
 from engine import make_model, random_prompts, sharpen
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastppo.batch.decoding import GRAPHS_FROM
+from fastppo.model import cuda_graphs
 from fastppo.rollout import decoder, sampler, step_graphs
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo_kernels import _attention_torch
@@ -48,7 +50,7 @@ def made(monkeypatch):
     made: dict[int, int] = {}
     monkeypatch.setattr(step_graphs.StepGraphs, "step", step)
     monkeypatch.setattr(decoder, "usable", lambda *_: True)
-    monkeypatch.setattr(step_graphs.Maker, "make", lambda self, step: record(step))
+    monkeypatch.setattr(cuda_graphs.Maker, "make", lambda self, step: record(step))
     monkeypatch.setattr(step_graphs, "MAKE_AT", 1)
     monkeypatch.setattr(step_graphs, "KEYS", 8)
     monkeypatch.setattr(_attention_torch, "_check_decode", lambda *_: None)  # on a CPU it looks at the lengths
@@ -103,7 +105,7 @@ def test_a_graph_that_cannot_be_made_is_done_without(made, monkeypatch):
     def refuse(self, step):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
 
-    monkeypatch.setattr(step_graphs.Maker, "make", refuse)
+    monkeypatch.setattr(cuda_graphs.Maker, "make", refuse)
     model = make_model("llama", sample__max_new_tokens=6)
     prompts = random_prompts(0, 3)
     said = "decoding goes on without CUDA graphs: operation not permitted when stream is capturing"
@@ -125,7 +127,7 @@ def test_no_memory_for_a_graph_ends_graphs_for_this_batch_only(made, monkeypatch
             raise error
         return record(step)
 
-    monkeypatch.setattr(step_graphs.Maker, "make", run_out)
+    monkeypatch.setattr(cuda_graphs.Maker, "make", run_out)
     found = generate(model, prompts, 1, Sampling(max_new_tokens=20), seed=1)
     assert len(tries) == 2 and model.backbone.graphs and model.most_slots is None
     again = generate(model, prompts, 1, Sampling(max_new_tokens=20), seed=1)
@@ -135,7 +137,7 @@ def test_no_memory_for_a_graph_ends_graphs_for_this_batch_only(made, monkeypatch
 def test_a_bucket_that_is_left_at_once_gets_no_graph(made, monkeypatch):
     monkeypatch.setattr(step_graphs, "MAKE_AT", 3)
     made_of = []
-    monkeypatch.setattr(step_graphs.Maker, "make", lambda self, step: made_of.append(step) or record(step))
+    monkeypatch.setattr(cuda_graphs.Maker, "make", lambda self, step: made_of.append(step) or record(step))
     model = make_model("llama")
     monkeypatch.setattr(step_graphs, "KEYS", 10**6)
     generate(model, random_prompts(0, 3), 1, Sampling(max_new_tokens=3), seed=1)
@@ -195,7 +197,7 @@ def test_a_broken_capture_leaves_nothing_of_itself(ended, monkeypatch):
         if len(runs) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    maker = step_graphs.Maker()
+    maker = cuda_graphs.Maker()
     with pytest.raises(torch.OutOfMemoryError if ended else RuntimeError, match="memory" if ended else "previous error"):
         maker.make(step)
     assert events == [here, ("end", 3, "a pool")] + [("release", 3, "a pool")] * (not ended) and maker.pool is None
@@ -216,7 +218,7 @@ def test_when_graphs_are_made(monkeypatch):
     trunk = model.backbone.llama.trunk
     on_gpu = type("B", (), {"llama": model.backbone.llama, "graphs": True, "head": type("H", (), {"weight": weight})()})
     assert trunk.rotary_emb.rope_type == "default"
-    assert step_graphs.usable(on_gpu, step_graphs.GRAPHS_FROM) and not step_graphs.usable(on_gpu, step_graphs.GRAPHS_FROM - 1)
+    assert step_graphs.usable(on_gpu, GRAPHS_FROM) and not step_graphs.usable(on_gpu, GRAPHS_FROM - 1)
     monkeypatch.setenv("FASTPPO_CUDA_GRAPHS", "0")
     assert not step_graphs.usable(on_gpu, 10**6)
     monkeypatch.delenv("FASTPPO_CUDA_GRAPHS")
