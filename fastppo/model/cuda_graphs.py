@@ -25,6 +25,7 @@ class Maker:
 
         Raises:
             RuntimeError: the step cannot be a graph, or there is no memory for it. Nothing of the attempt is left.
+            BaseException: what ``step`` raised.
         """
         here = torch.cuda.current_stream()
         if self.pool is None:
@@ -36,14 +37,23 @@ class Maker:
         finally:
             here.wait_stream(self.aside)
         graph = torch.cuda.CUDAGraph()
+        why: BaseException | None = None
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
-                step()
-        except BaseException:
+                try:
+                    step()
+                except BaseException as error:
+                    why = error
+                    raise
+        except BaseException as error:
             torch.cuda.set_stream(here)  # which torch does not return to where the end of a capture fails
             _abandon(here.device_index, self.pool)
             self.pool = None
-            raise
+            if why is None or why is error:
+                raise
+            raise why from None  # the end of a capture says no more than that something failed before it
+        finally:
+            del why  # or it would hold this frame, which holds it, and what the step had made
         return graph.replay
 
 

@@ -163,9 +163,14 @@ def test_a_decoder_is_let_go_at_once(made):
         gc.enable()
 
 
+NO_MEMORY, FORBIDDEN = torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY, FORBIDDEN, KeyboardInterrupt()], ids=["memory", "forbidden", "interrupted"])
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_broken_capture_leaves_nothing_of_itself(ended, monkeypatch):
-    """With a stand-in for torch's allocator: its pool is let go here where the end of the capture has not done so."""
+def test_a_broken_capture_leaves_nothing_of_itself(ended, error, monkeypatch):
+    """With a stand-in for torch's allocator: its pool is let go here where the end of the capture has not done so. What broke
+    it is known all the same: lack of memory ends graphs for this batch alone, and an interrupt is not taken for less."""
     events, here = [], SimpleNamespace(wait_stream=lambda stream: None, device_index=3)
     aside = SimpleNamespace(wait_stream=lambda stream: None)
 
@@ -192,15 +197,19 @@ def test_a_broken_capture_leaves_nothing_of_itself(ended, monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *which: events.append(("release", *which)), raising=False)
     runs = []
 
-    def step():
-        runs.append(1)
+    def run(rows, longest):
+        runs.append(rows)
         if len(runs) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
 
-    maker = cuda_graphs.Maker()
-    with pytest.raises(torch.OutOfMemoryError if ended else RuntimeError, match="memory" if ended else "previous error"):
-        maker.make(step)
-    assert events == [here, ("end", 3, "a pool")] + [("release", 3, "a pool")] * (not ended) and maker.pool is None
+    monkeypatch.setattr(step_graphs, "MAKE_AT", 1)
+    backbone = SimpleNamespace(graphs=True)
+    graphs = step_graphs.StepGraphs(4, 8, backbone)
+    gone_on = pytest.warns(RuntimeWarning, match=f"without CUDA graphs: {error}$") if error is FORBIDDEN else nullcontext()
+    with gone_on, pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else nullcontext():
+        graphs.step(run, 3, 1, ())
+    assert graphs.full is (error is NO_MEMORY) and backbone.graphs is (error is not FORBIDDEN)
+    assert events == [here, ("end", 3, "a pool")] + [("release", 3, "a pool")] * (not ended) and graphs.maker.pool is None
 
 
 def test_row_buckets():
