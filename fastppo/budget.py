@@ -423,6 +423,8 @@ class Budget:
         sizes = self.sizes
         if not self.device.cuda or sizes.layer is None or not sizes.layer.fused or mode == "offload":
             return False
+        if self.config.ppo.kl_target is not None and self.config.ppo.kl_estimator != "k1":
+            return False  # the KL weight is in the loss, and another each time: a graph keeps that with which it was made
         if 4 * sizes.linear // sizes.layers * self.filled(tokens) > HOST_BOUND:
             return False
         held = self.graphs(tokens, mode).bytes

@@ -213,6 +213,8 @@ def test_graphs_where_the_host_is_slower_and_there_is_room_beside_them():
     assert not of(h100, replace(config, micro_batch_tokens=8192), half).choose().graphs
     assert not of(h100, replace(config, activations="offload"), half).choose().graphs
     assert not of(h100, config, replace(half, layer=replace(layer, fused=False))).choose().graphs
+    moving = [replace(config, ppo=replace(config.ppo, kl_estimator=kind, kl_target=6.0)) for kind in ("k1", "k2", "k3")]
+    assert [of(h100, each, half).choose().graphs for each in moving] == [True, False, False], "the weight is in the loss"
     counted = of(h100, config, half)
     held, taken = counted.graphs(2048, "keep").bytes, counted.takes(2048, "keep")
     assert taken < held < 1.2 * taken

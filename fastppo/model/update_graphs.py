@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from fastppo_kernels import LoRAWeightBuffer, TreeLayout, chosen_attention_backe
 # The time a bucket is seen at which its graph is made: that runs the micro-batch twice more. A guess.
 MAKE_AT = 3
 MOST = 16  # graphs; each has a node for each of its launches, in the GPU's memory
+SEEN = 64  # buckets without a graph, those seen last, of which it is known how often that was
 
 # Loss and metrics of a micro-batch; the second argument is the number of actions that losses are divided by.
 Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -73,8 +73,8 @@ class UpdateGraphs:
     def __init__(self, borders: Sequence[LoRAWeightBuffer] = ()) -> None:
         self.borders = borders
         self.on = True  # until one could not be made, or memory ran out
-        self.made: dict[Hashable, _Made] = {}
-        self.asked: Counter[Hashable] = Counter()
+        self.made: dict[Hashable, _Made] = {}  # the last is the one used last
+        self.asked: dict[Hashable, int] = {}  # how often a bucket without a graph was seen; the last is the one seen last
         self.maker = Maker()
         self.sums: list[Tensor] = []
 
@@ -100,14 +100,19 @@ class UpdateGraphs:
         loss: reads of the part nothing but tensors, and nothing else that changes but parameters. settings: all numbers that
             it computes with. parameters: those of ``begin``.
         """
+        if not self.on or part.padded is None:
+            return None
         key = _key(part, settings)
-        self.asked[key] += 1
-        if not self.on or part.padded is None or part.states is not None:
+        seen = 0 if key in self.made else self._see(key)
+        if part.states is not None:
             return None
         if key not in self.made:
-            if self.asked[key] < MAKE_AT or len(self.made) == MOST or not self._make(key, part, loss, parameters):
+            if seen < MAKE_AT or not self._make(key, part, loss, parameters):
                 return None
-        made = self.made[key]
+            del self.asked[key]
+            if len(self.made) > MOST:  # none of them runs: a capture begins when the GPU has done all before
+                del self.made[next(iter(self.made))]
+        made = self.made[key] = self.made.pop(key)
         for to, of in zip(_tensors(made.inputs), _tensors(part), strict=True):
             to.copy_(of)
         made.denominator.fill_(n_actions)
@@ -119,10 +124,18 @@ class UpdateGraphs:
         for buffer in self.borders:
             buffer.forget()
 
+    def _see(self, key: Hashable) -> int:
+        """How often it has been seen, this time included."""
+        seen = self.asked[key] = self.asked.pop(key, 0) + 1
+        if len(self.asked) > SEEN:
+            del self.asked[next(iter(self.asked))]
+        return seen
+
     def drop(self) -> bool:
         """Free what graphs hold, for good; whether there were any."""
         had, self.on = bool(self.made), False
         self.made.clear()
+        self.asked.clear()
         self.sums = []
         return had
 

@@ -3,6 +3,7 @@ run again on other micro-batches, each at the place in memory where it was."""
 
 import os
 import random
+from collections import Counter
 from dataclasses import replace
 from importlib import import_module
 
@@ -241,17 +242,19 @@ def test_gradients_of_parts_add_up(made):
     model.graphs = UpdateGraphs(model.backbone.borders)
     minis, _ = estimated(model, 4, prompts=24, budget=150)
     parts = minis[0].parts
-    shapes = {Shape.of(part.computed) for part in parts}
+    shapes = Counter(Shape.of(part.computed) for part in parts)
     assert len(parts) > 2 and len(shapes) > 1
+    alone = next(shape for shape, times in shapes.items() if times == 1)
     away(model)
     model.graphs.on = False
     expected, expected_metrics = gradients(model, minis)
     model.graphs.on = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update_graphs, "MOST", len(shapes) - 1)
-        for _round in range(2):
+        patch.setattr(update_graphs, "MAKE_AT", 2)
+        gradients(model, [replace(minis[0], parts=[part for part in parts if Shape.of(part.computed) != alone])])
+        for missing in (1, 0):
             found, metrics = gradients(model, minis)
-            assert len(made) == len(shapes) - 1
+            assert len(made) == len(shapes) - missing
             assert metrics == pytest.approx(expected_metrics, rel=1e-6)
             for ours, theirs in zip(found, expected, strict=True):
                 assert relative(ours, theirs) < 1e-6
@@ -322,6 +325,41 @@ def test_a_bucket_that_is_seen_once_gets_no_graph(made, monkeypatch):
     for times in range(1, 5):
         gradients(model, minis)
         assert len(made) == (times >= 3)
+
+
+def test_shapes_that_come_later_take_the_place_of_those_that_are_gone(made, monkeypatch):
+    """Answers grow, or the KL weight moves: of the most graphs the one that was not used for longest goes, and what was seen
+    is not remembered for ever."""
+    monkeypatch.setattr(update_graphs, "MOST", 2)
+    monkeypatch.setattr(update_graphs, "SEEN", 3)
+    model = make(ppo__kl_estimator="k3", ppo__max_grad_norm=1e9)
+    graphs = model.graphs = UpdateGraphs()
+    minis, _ = estimated(model, 0)
+    optimizer = make_optimizer(model.trainable(), 1e-3, 1e-5)
+    optimizer.step = lambda: None
+
+    def update(kl_coef):
+        ppo.update(model, optimizer, minis, kl_coef, model.config, np.random.default_rng(0), critic_only=False)
+        return [p.grad.clone() for p in model.trainable()]
+
+    first = update(0.1)
+    away(model)
+    for kl_coef, number in ((0.2, 2), (0.1, 2), (0.3, 3), (0.1, 3), (0.2, 4)):
+        found = update(kl_coef)
+        assert len(made) == number and [key[1][1] for key in graphs.made][-1] == kl_coef
+        graphs.on = False
+        assert all(map(torch.equal, found, update(kl_coef))) and not all(map(torch.equal, found, first))
+        graphs.on = True
+    assert [key[1][1] for key in graphs.made] == [0.1, 0.2]
+    monkeypatch.setattr(update_graphs, "MAKE_AT", 3)
+    for i in range(6):
+        update(1 + i // 2)  # each twice
+    assert len(made) == 4 and len(graphs.asked) == 3
+    update(2)
+    assert len(made) == 5, "the latest are remembered"
+    for kl_coef in (4, 5, 6, 3, 1):
+        update(kl_coef)
+    assert len(made) == 5, "3 was seen twice, but too long ago"
 
 
 @pytest.mark.parametrize(
