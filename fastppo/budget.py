@@ -41,8 +41,8 @@ MOST_TOKENS = {"cuda": 8192, "cpu": 2048}
 # With so many a GPU is busy: from there on, keeping activations is worth more than further tokens.
 ENOUGH_TOKENS = 2048
 # FLOPs of a layer's products over a micro-batch, forward and backward, up to which a fast GPU is done with them sooner than the
-# host launches all that a layer is made of: 127 launches at 8 us against 400 TFLOP/s. A guess.
-HOST_BOUND = 4e11
+# host launches all that a layer is made of: 53 launches at 8 us against 400 TFLOP/s. A guess.
+HOST_BOUND = 1.7e11
 STEP = 256  # of tokens, between micro-batches that are looked at
 # Of a GPU: for what is no tensor (CUDA's context, loaded kernels, cuBLAS's workspaces), and the part that is lost in gaps
 # between the allocator's blocks.
