@@ -478,7 +478,7 @@ class Trainer:
         for name, parameter in self.model.base.model.named_parameters():
             if "lora_" not in name:
                 digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
-                digest.update(repr(parameter.detach().flatten()[:64].float().tolist()).encode())
+                digest.update(repr(_first_numbers(parameter)).encode())
                 if getattr(parameter, "quant_state", None) is not None:  # 4 bits without their scales are half of the weight
                     digest.update(repr(parameter.quant_state.absmax.flatten()[:64].tolist()).encode())
         return digest.hexdigest()
@@ -564,6 +564,11 @@ def _reward_by_class(gold: list[Any], rewards: list[float]) -> dict[str, float]:
     classes = sorted({label for label in gold if isinstance(label, int)})
     of_class = {c: [reward for reward, label in zip(rewards, gold, strict=True) if label == c] for c in classes}
     return {f"reward_class_{c}": float(np.mean(of_class[c])) for c in classes}
+
+
+def _first_numbers(weight: torch.Tensor) -> list[float]:
+    """Up to 64. Of the first rows alone: to flatten a weight that is a view between borders would copy all of it."""
+    return torch.atleast_1d(weight.detach())[:64].flatten()[:64].float().tolist()
 
 
 def _versions(model: ActorCritic) -> dict[str, str]:

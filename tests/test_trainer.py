@@ -8,6 +8,8 @@ import pytest
 import torch
 from small import adapter, leftovers, lines, outcome, ppo_steps, write_rows
 from tiny import save_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastppo import checkpoint, config, trainer
 from fastppo.model.backbone import Backbone
@@ -100,6 +102,30 @@ def test_setup_is_part_of_the_summary(whole):
     setup = json.loads((run / "setup.json").read_text())
     assert setup.items() <= summary.items() and setup["labels"] == ["unacceptable", "acceptable"]
     assert {"task", "model", "data", "seed", "device", "device_name", "dtype", "versions"} <= setup.keys()
+
+
+class Made(TorchDispatchMode):
+    """Entries of what operators return."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not any(each.alias_info is not None for each in func._schema.returns):
+            self.entries += [each.numel() for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
+        return out
+
+
+def test_the_fingerprint_copies_no_whole_weight():
+    """In bordered buffers weights are views with gaps; their numbers are those that they had before."""
+    buffer = torch.randn(1000, 40, dtype=torch.bfloat16)
+    for weight in (buffer[:, 8:], buffer[:, 8:9], buffer, buffer[0], torch.tensor(3.0), torch.randn(2, 3, 5), buffer[:0]):
+        expected = weight.flatten()[:64].float().tolist()
+        with Made() as made:
+            assert trainer._first_numbers(torch.nn.Parameter(weight, requires_grad=False)) == expected
+        assert max(made.entries, default=0) <= 64 * 32
 
 
 def test_reward_by_class(world, tmp_path):
