@@ -50,6 +50,7 @@ PACKAGES = {
     "accelerate": Package("accelerate", "what peft is built on"),
     "safetensors": Package("safetensors", "files of weights"),
     "scikit-learn": Package("sklearn", "metrics"),
+    "scipy": Package("scipy", "correlations"),
     "rich": Package("rich", "the display"),
     "pyyaml": Package("yaml", "settings from files"),
     "jinja2": Package("jinja2", "reports"),

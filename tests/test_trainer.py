@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastppo import checkpoint, config, trainer
 from fastppo.model.backbone import Backbone
+from fastppo.tasks import Example
 from fastppo.tasks.cola import COLA
 
 STAGE_FIELDS = {"mcc", "mcc_low", "mcc_high", "accuracy", "malformed", "n", "labels"}
@@ -93,7 +94,8 @@ def test_answers_to_the_dev_examples_have_the_scores_of_the_summary(whole, world
         assert [answer["origin"] for answer in answers] == [f"dev.tsv:{n}" for n in range(1, 21)]
         said = [{"yes": 1, "no": 0}.get(answer["answer"].strip().removesuffix(".").lower()) for answer in answers]
         assert [answer["predicted"] for answer in answers] == said
-        assert COLA.score(gold, said) == {name: row[name] for name in ("mcc", "accuracy", "malformed", "n")}
+        examples = [Example({}, label, "") for label in gold]
+        assert COLA.score(examples, said) == {name: row[name] for name in ("mcc", "accuracy", "malformed", "n")}
     assert len({(run / "answers" / f"{stage}.jsonl").read_text() for stage in summary["stages"]}) > 1
 
 
