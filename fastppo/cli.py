@@ -1,4 +1,4 @@
-"""The command line: `fastppo train | plan | eval | report | export | doctor`. Nothing heavy is imported before one runs."""
+"""The command line: `fastppo train | plan | study | eval | report | export | doctor`. Nothing heavy comes before one runs."""
 
 import argparse
 import dataclasses
@@ -55,6 +55,26 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     plan.add_argument("--config", metavar="FILE", type=Path, help="settings in a YAML or TOML file")
     _add_settings(plan)
 
+    study = commands.add_parser(
+        "study",
+        help="compare methods on several tasks",
+        description="A table of tasks and methods, with intervals over seeds. Settings are those of train.",
+        usage="fastppo study --tasks A,B [--methods M,N] [--seeds 0,1] [--config FILE] [--SETTING VALUE ...] | --resume STUDY",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+        allow_abbrev=False,
+    )
+    study.add_argument("--tasks", metavar="A,B", help="tasks, separated by commas")
+    study.add_argument("--methods", metavar="M,N", help="zero-shot, few-shot, sft, ppo, encoder (default: zero-shot,sft,ppo)")
+    study.add_argument("--seeds", metavar="N,N", help="seeds (default: 0)")
+    study.add_argument("--config", metavar="FILE", type=Path, help="a study in a YAML file; flags come after it")
+    study.add_argument("--resume", metavar="STUDY", type=Path, help="go on with an interrupted study; finished cells stay")
+    study.add_argument("--shots", metavar="N", help="solved examples in front of a few-shot question (default: 5)")
+    study.add_argument("--demonstrations", metavar="{random,first}", help="which examples these are (default: random)")
+    study.add_argument("--encoder", metavar="MODEL", help="folder or hub name of the encoder")
+    study.add_argument("--encoder-lr", metavar="X", help="its learning rate (default: 2e-5)")
+    study.add_argument("--encoder-epochs", metavar="N", help="its passes over the train split (default: 3)")
+    _add_settings(study, leave_out=("task", "seed"))
+
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter", allow_abbrev=False)
     evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")
     evaluate.add_argument("--data", metavar="D", help="data folder, file or hub name (default: the run's)")
@@ -77,15 +97,16 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "doctor", help="say what of this machine training can use, and why not the rest", allow_abbrev=False
     )
     doctor.add_argument("--json", action="store_true", help="the same facts as one JSON object")
-    return parser, {"train": train, "plan": plan}
+    return parser, {"train": train, "plan": plan, "study": study}
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
     groups = {"": parser.add_argument_group("run")}
     for section, cls in config.SECTIONS.items():
         groups[section] = parser.add_argument_group(section, (cls.__doc__ or "").strip())
     for setting in config.SETTINGS.values():
-        _add_flag(groups[setting.section], setting)
+        if setting.key not in leave_out:
+            _add_flag(groups[setting.section], setting)
 
 
 def _add_flag(group: Any, setting: config.Setting) -> None:
@@ -142,7 +163,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> None:
     overrides = _overrides(args)
     if args.resume:
-        overrides |= {key: _whole_path(overrides[key]) for key in ("model", "data") if key in overrides}
+        overrides |= {key: files.whole_path(overrides[key]) for key in ("model", "data") if key in overrides}
         for flag, wrong in (("--config", args.config), ("--out", overrides.get("out"))):
             if wrong:
                 raise UserError(f"{flag}: {wrong} is not allowed with --resume; the run folder holds its settings")
@@ -178,12 +199,7 @@ def _resume(run: Path) -> str:
 
 def _anchored(settings: config.Config) -> config.Config:
     """Model and data that are on this disk by their whole path, so that the run can be used from any folder."""
-    return dataclasses.replace(settings, model=_whole_path(settings.model), data=_whole_path(settings.data))
-
-
-def _whole_path(value: str | None) -> str | None:
-    path = os.path.expanduser(value) if value is not None else ""
-    return os.path.abspath(path) if path and os.path.exists(path) else value
+    return dataclasses.replace(settings, model=files.whole_path(settings.model), data=files.whole_path(settings.data))
 
 
 def _new_run(settings: config.Config) -> Path:
@@ -193,12 +209,7 @@ def _new_run(settings: config.Config) -> Path:
             go_on = f", or go on with it: {_resume(run)}" if (run / "config.yaml").exists() else ""
             raise UserError(f"--out: {run} exists and is not empty; choose another folder{go_on}")
         return run
-    name = Path("runs", f"{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}")
-    run, n = name, 1
-    while not files.is_unused(run):
-        n += 1
-        run = name.with_name(f"{name.name}-{n}")
-    return run
+    return files.unused(Path("runs", f"{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 def _existing(run: Path) -> Path:
@@ -248,6 +259,20 @@ def _plan(args: argparse.Namespace) -> int:
     return plan.plan(settings, args.gpu, None if args.json else _console())
 
 
+def _study(args: argparse.Namespace) -> int:
+    from fastppo.study import command
+
+    overrides = _overrides(args)
+    own = {name: getattr(args, name) for name in command.FLAGS if getattr(args, name) is not None}
+    if args.resume:
+        given = [*own, *overrides, *(["config"] if args.config else [])]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')}: is not allowed with --resume; the study's folder says it")
+        return command.resume(args.resume, _console())
+    out = overrides.pop("out", None)
+    return command.begin(own, overrides, args.config, out, _console())
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from fastppo import doctor
 
@@ -256,7 +281,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 # What a command returns is the exit code, None for 0.
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "train": _train, "plan": _plan, "eval": _eval, "report": _report, "export": _export, "doctor": _doctor,
+    "train": _train, "plan": _plan, "study": _study, "eval": _eval, "report": _report, "export": _export,
+    "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -413,6 +413,11 @@ def _convert(setting: Setting, value: object) -> Any:
     raise ValueError(f"{_shown(value)} is not allowed; expected {setting.allowed}")
 
 
+def from_flag(key: str, text: str) -> object:
+    """What a flag's text says, for `from_values`."""
+    return _stop_from_flag(text) if SETTINGS[key].kind is tuple else text
+
+
 def _stop_from_flag(text: str) -> list[str]:
     r"""`--sample-stop`: a JSON list if it looks like one, else one text in which \n and \t stand for themselves."""
     if text in ("", "none"):
@@ -442,8 +447,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_file(path: Path) -> dict[str, object]:
-    """The values of a settings file by key."""
+def read_tree(path: Path) -> dict[Any, Any]:
+    """What a YAML or TOML file holds, with the names at its top. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -469,15 +474,21 @@ def _read_file(path: Path) -> dict[str, object]:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"settings file {path}: expected settings by name, not {type(tree).__name__}")
+    return tree
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    """The values of a settings file by key."""
     values: dict[str, object] = {}
-    for key, value in _flatten(tree, str(path)):
+    for key, value in flatten(read_tree(path), str(path)):
         if key in values:  # `ppo.lr` and, in a section, `ppo: {lr: ...}`
             raise UserError(f"settings file {path}: {key} stands there twice")
         values[key] = value
     return values
 
 
-def _flatten(tree: Mapping[Any, Any], where: str) -> Iterator[tuple[str, object]]:
+def flatten(tree: Mapping[Any, Any], where: str) -> Iterator[tuple[str, object]]:
+    """Settings by key, from sections. Raises UserError for a section that is none; ``where`` names the tree."""
     for name, value in tree.items():
         if name in SECTIONS and isinstance(value, dict):
             yield from ((f"{name}.{inner}", leaf) for inner, leaf in value.items())
@@ -525,7 +536,7 @@ def load_config(argv_overrides: Mapping[str, str], file: Path | None = None) -> 
     for key, text in argv_overrides.items():
         if key not in SETTINGS:
             raise UserError(f"unknown setting {_shown(key)}{suggest(key, list(SETTINGS))}")
-        values[key] = (_stop_from_flag(text) if SETTINGS[key].kind is tuple else text, SETTINGS[key].flag)
+        values[key] = (from_flag(key, text), SETTINGS[key].flag)
     return from_values(values)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,17 @@ def evaluate(
 
 def with_interval(task: Task, data: LabelledPrompts, result: Evaluation, seed: int) -> dict[str, Any]:
     """Scores with the bootstrap 95 % intervals of the official metrics: what a stage's row in ``summary.json`` holds."""
-    row: dict[str, Any] = dict(result.scores)
-    for name, (low, high) in task.intervals(data.examples, result.scored, seed).items():
+    return row_of(task, data.examples, result.scored, result.scores, seed)
+
+
+def row_of(
+    task: Task, examples: list[Example], predicted: Sequence[int | float | None], scores: Mapping[str, float], seed: int
+) -> dict[str, Any]:
+    """These scores of these predictions with their intervals."""
+    row: dict[str, Any] = dict(scores)
+    for name, (low, high) in task.intervals(examples, predicted, seed).items():
         row |= {f"{name}_low": low, f"{name}_high": high}
-    return {**row, "n": len(data)}
+    return {**row, "n": len(examples)}
 
 
 def write_answers(run: Path, stage: str, data: LabelledPrompts, result: Evaluation) -> None:

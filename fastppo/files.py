@@ -197,6 +197,21 @@ def is_unused(run: Path) -> bool:
         raise UserError(f"folder {run}: cannot be used: {error.strerror}") from None
 
 
+def unused(path: Path) -> Path:
+    """The path, or the first of ``path-2``, ``path-3``, .. where a new run may begin."""
+    chosen, n = path, 1
+    while not is_unused(chosen):
+        n += 1
+        chosen = path.with_name(f"{path.name}-{n}")
+    return chosen
+
+
+def whole_path(value: str | None) -> str | None:
+    """What is on this disk by its whole path, so that it is found from any folder; other names as they are."""
+    path = os.path.expanduser(value) if value is not None else ""
+    return os.path.abspath(path) if path and os.path.exists(path) else value
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file. A last line that was cut off is left out.
 

@@ -509,6 +509,7 @@ class Trainer:
         device, dtype = self.model.device, str(self.model.backbone.head.weight.dtype).removeprefix("torch.")
         return {
             "task": self.config.task,
+            "metric": self.task.metrics[0],
             "labels": list(self.task.label_names),
             "answers": [self.task.answer(label).strip() for label in range(len(self.task.label_names))],
             "model": self.config.model or "built-in",

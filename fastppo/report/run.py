@@ -17,12 +17,12 @@ from fastppo.report import blocks
 from fastppo.report.answers import Labels, before_and_after, given_and_right
 from fastppo.report.blocks import Section, Series, is_number, number
 from fastppo.report.read import Records, as_dict, read_records
+from fastppo.scores import TITLES
 from fastppo.track import STAGES
 
 NAME = "report.html"
 NOT_SCORES = {"n", "labels", "malformed"}  # of a stage's row
 IN_PERCENT = {"accuracy", "malformed"}
-METRIC_NAMES = {"mcc": "MCC", "f1": "F1", "f1a": "F1a", "em": "exact match", "pearson": "Pearson", "spearman": "Spearman"}
 PHASES = {
     "sft": "supervised training",
     "sample": "sampling answers",
@@ -125,7 +125,7 @@ def _unfinished(records: Records) -> str:
 
 
 def metric_name(key: str) -> str:
-    return METRIC_NAMES.get(key, key.replace("_", " "))
+    return TITLES.get(key, key.replace("_", " "))
 
 
 def main_metric(row: dict[str, Any], said: object = None) -> str | None:

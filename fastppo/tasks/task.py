@@ -25,6 +25,8 @@ class Task:
     """The prompt, with ``{slot}`` where a field of the example goes; other braces are plain text."""
     slots: tuple[str, ...]
     """The fields of an example that the template takes, which are also their column names in data files."""
+    demonstrations: str = ""
+    """Solved examples, which stand in front of the last part of the prompt: see ``with_demonstrations``."""
     tagged: str = ""
     """The prompt of ``--template tagged``; it ends with the opening tag."""
     closing: str = ""
@@ -66,8 +68,24 @@ class Task:
 
     def prompt(self, example: Example) -> str:
         """The prompt of an example. Fields are untrusted: they go in as they are, and are not searched for slots."""
+        instruction, question = self._parts()
+        return self._filled(instruction, example) + self.demonstrations + self._filled(question, example)
+
+    def with_demonstrations(self, examples: Sequence[Example]) -> "Task":
+        """The same task with solved examples between the instruction and the question (few-shot)."""
+        question = self._parts()[1]
+        known = [(example, example.label) for example in examples if example.label is not None]
+        solved = [self._filled(question, example) + self.answer(label) for example, label in known]
+        return replace(self, demonstrations="".join(text + "\n\n" for text in solved))
+
+    def _parts(self) -> tuple[str, str]:
+        """What the template says once, up to its last blank line, and what it says of each example."""
+        instruction, gap, question = self.template.rpartition("\n\n")
+        return instruction + gap, question
+
+    def _filled(self, text: str, example: Example) -> str:
         slots = "|".join(map(re.escape, self.slots))
-        return re.sub(f"{{({slots})}}", lambda slot: example.fields[slot[1]], self.template)
+        return re.sub(f"{{({slots})}}", lambda slot: example.fields[slot[1]], text)
 
     def answer(self, label: int | float) -> str:
         """The text that follows the prompt when ``label`` is right, as it is taught: a word or, of a number, one decimal.

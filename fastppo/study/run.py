@@ -1,0 +1,202 @@
+"""Run a study: cell after cell, each kept as soon as it is done, so that a study that is begun again goes on where it stood.
+
+    OUT/study.yaml                          the study
+    OUT/cells/TASK/METHOD/seed-N/           a cell: the run folder of what was trained, and result.json once it is done
+    OUT/study.json, table.md, report.html   written anew after every cell
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from fastppo import files, trainer
+from fastppo.budget import Prompts
+from fastppo.config import Config
+from fastppo.errors import UserError, printable
+from fastppo.evaluate import encode, evaluate, row_of, with_interval
+from fastppo.model.actor_critic import ActorCritic
+from fastppo.model.load import load_base, pick_device
+from fastppo.study import table
+from fastppo.study.encoder import train_encoder
+from fastppo.study.page import study_page
+from fastppo.study.spec import Method, Study
+from fastppo.tasks import Dataset, Task, get_task, load_data
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One cell of a study: a method on a task with a seed."""
+
+    task: str
+    method: Method
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        return out / "cells" / self.task / self.method.name / f"seed-{self.seed}"
+
+
+def places(study: Study) -> Iterator[Place]:
+    """All cells, task by task."""
+    for task in study.tasks:
+        for method in study.methods:
+            for seed in study.seeds:
+                yield Place(task, method, seed)
+
+
+def results(study: Study, out: Path) -> list[dict[str, Any]]:
+    """What the finished cells found, in their order. Raises UserError for a file that is no result."""
+    found = []
+    for place in places(study):
+        path = place.folder(out) / RESULT
+        if path.is_file():
+            try:
+                found.append(json.loads(path.read_bytes()))
+            except ValueError:
+                raise UserError(f"{path}: is not JSON; remove it and the cell is run again") from None
+    return found
+
+
+class Runner:
+    """Runs the cells of a study that are not finished."""
+
+    def __init__(self, study: Study, out: Path, console: rich.console.Console):
+        self.study, self.out, self.console = study, out, console
+        self.base: ActorCritic | None = None  # of the methods that train nothing; they share it
+
+    def go(self) -> list[dict[str, Any]]:
+        """All results. A cell that fails leaves its reason for the table and is tried again by the next run.
+
+        Raises:
+            UserError: a task's data cannot be loaded. Interrupted: after a signal.
+        """
+        todo = [place for place in places(self.study) if not (place.folder(self.out) / RESULT).is_file()]
+        for task in dict.fromkeys(place.task for place in todo):  # a wrong path is known before hours of training
+            self._data(task, self.study.seeds[0])
+        total = sum(1 for _ in places(self.study))
+        failed = []
+        for number, place in enumerate(todo, total - len(todo) + 1):
+            self._say(f"cell {number}/{total}: {place.task}, {place.method.name}, seed {place.seed}")
+            began = time.monotonic()
+            try:
+                result = self._run(place)
+            except UserError as error:
+                self._say(f"failed: {error}")
+                failed.append({**self._name(place), "failed": str(error)})
+                continue
+            folder = place.folder(self.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_json(folder / RESULT, {**self._name(place), "seconds": time.monotonic() - began, **result})
+            write(self.study, self.out, [*results(self.study, self.out), *failed])
+        return [*results(self.study, self.out), *failed]
+
+    def _name(self, place: Place) -> dict[str, Any]:
+        return {"task": place.task, "method": place.method.name, "seed": place.seed}
+
+    def _say(self, line: str) -> None:
+        self.console.print(Text(printable(line)), soft_wrap=True)
+
+    def _data(self, task: str, seed: int) -> Dataset:
+        return load_data(get_task(task), self.study.data_of(task), seed)
+
+    def _run(self, place: Place) -> dict[str, Any]:
+        config = self.study.config(place.task, place.method, place.seed)
+        if place.method.kind in ("zero-shot", "few-shot"):
+            return self._prompted(place, config)
+        self.base = None  # two models at a time are one too many
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._encoder(place, config) if place.method.kind == "encoder" else self._trained(place, config)
+
+    def _prompted(self, place: Place, config: Config) -> dict[str, Any]:
+        task, data = get_task(place.task, config.template), self._data(place.task, place.seed)
+        if place.method.kind == "few-shot":
+            task = task.with_demonstrations(self._demonstrations(data, place.seed))
+        if self.base is None:
+            self.base = ActorCritic(load_base(config), config)
+        self.base.config = config
+        prompts = encode(self.base, task, data.dev)
+        self.base.choose(Prompts.of(prompts.prompts))
+        result = evaluate(self.base, task, prompts)
+        return {**_score(task, with_interval(task, prompts, result, config.seed)), "labels": self._labels(place)}
+
+    def _labels(self, place: Place) -> int:
+        return self.study.shots if place.method.kind == "few-shot" else 0
+
+    def _demonstrations(self, data: Dataset, seed: int) -> list[Any]:
+        if self.study.demonstrations == "first":
+            return data.train[: self.study.shots]
+        return random.Random(seed).sample(data.train, min(self.study.shots, len(data.train)))
+
+    def _trained(self, place: Place, config: Config) -> dict[str, Any]:
+        run, task = place.folder(self.out), get_task(place.task)
+        if (run / "config.yaml").is_file():
+            summary = trainer.resume(run, {}, self.console)
+        else:
+            summary = trainer.train(config, run, self.console)
+        stages = list(summary["stages"].values())
+        result = {**_score(task, stages[-1]), "labels": stages[-1]["labels"]}
+        if place.method.kind == "ppo":
+            result["start"] = _score(task, stages[-2])
+        return result
+
+    def _encoder(self, place: Place, config: Config) -> dict[str, Any]:
+        task, data = get_task(place.task), self._data(place.task, place.seed)
+        train = data.train[: config.train_examples]
+
+        def step_done(step: int, total: int, loss: float) -> None:
+            if step % max(1, total // 20) == 0 or step == total:
+                self._say(f"encoder {step}/{total}  loss {loss:.4f}")
+
+        predicted = train_encoder(
+            str(self.study.encoder), task, train, data.dev, lr=self.study.encoder_lr, epochs=self.study.encoder_epochs,
+            seed=place.seed, device=pick_device(config.device), step_done=step_done,
+        )  # fmt: skip
+        row = row_of(task, data.dev, predicted, task.score(data.dev, predicted), config.seed)
+        return {**_score(task, row), "labels": len(train)}
+
+
+def _score(task: Task, row: dict[str, Any]) -> dict[str, Any]:
+    """The official metric of a row of scores, with its interval, and the row."""
+    name = task.metrics[0]
+    return {
+        "metric": name, "value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"],
+        "malformed": row["malformed"], "n": row["n"], "scores": row,
+    }  # fmt: skip
+
+
+def write(study: Study, out: Path, found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Write ``study.json``, ``table.md`` and ``report.html`` of these results; headings and rows of the table."""
+    headings, rows = table.table(found, list(study.tasks), [method.name for method in study.methods])
+    files.write_json(out / "study.json", {"results": found})
+    files.write_text(out / "table.md", table.markdown(headings, rows))
+    files.write_text(out / "report.html", study_page(study, found, out, sum(1 for _ in places(study))))
+    return headings, rows
+
+
+def run(study: Study, out: Path, console: rich.console.Console) -> int:
+    """Run what is not finished, and show the table; 1 where a cell failed, else 0."""
+    found = Runner(study, out, console).go()
+    headings, rows = write(study, out, found)
+    shown = Table()
+    for heading in headings:
+        shown.add_column(Text(heading), justify="left" if heading == "method" else "right")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    console.print(Text(printable(f"wrote {out}")), soft_wrap=True)
+    return int(any("failed" in result for result in found))

@@ -1,0 +1,203 @@
+"""What a study consists of: tasks, methods, seeds, and the settings of ``train`` that its runs share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastppo import config as config_module
+from fastppo import files
+from fastppo.config import LARGEST_INT, SETTINGS, Config
+from fastppo.errors import UserError
+from fastppo.tasks import get_task
+
+KINDS = {
+    "zero-shot": "the base as it is",
+    "few-shot": "the base, with solved examples in front of the question",
+    "sft": "supervised on all labels of the train split",
+    "ppo": "PPO from where --sft-examples labels lead (0: from the base)",
+    "encoder": "a sequence classifier, fully fine-tuned",
+}
+# Of the runs behind the methods that train; a method's own settings in a study file come after these.
+OF_KIND: dict[str, dict[str, Any]] = {"sft": {"sft.examples": LARGEST_INT, "ppo.iterations": 0}}
+RESERVED = {"task": "--tasks", "seed": "--seeds", "out": "--out", "data": "--data"}  # settings that a study has flags for
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table. kind: one of `KINDS`. settings: of its runs alone, by key."""
+
+    name: str
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, whole: the same study gives the same table.
+
+    tasks: names, with settings of their own by key. data: a folder that has one for each task, named like it; None: the
+    built-in corpus where a task has one, else the hub. shots: examples in front of a few-shot question. demonstrations: whether
+    they are the ``first`` of the train split or drawn from it with the seed (``random``). settings: of ``train``, by key.
+    """
+
+    tasks: Mapping[str, Mapping[str, Any]]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...] = (0,)
+    data: str | None = None
+    shots: int = 5
+    demonstrations: str = "random"
+    encoder: str | None = None
+    encoder_lr: float = 2e-5
+    encoder_epochs: int = 3
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def data_of(self, task: str) -> str | None:
+        """What ``--data`` would be in ``fastppo train``."""
+        if self.data is not None:
+            return str(Path(self.data, task))
+        return None if task == "cola" else ":".join(get_task(task).hub)
+
+    def config(self, task: str, method: Method, seed: int, out: Path | None = None) -> Config:
+        """The settings of a cell's run. Raises UserError."""
+        values: dict[str, tuple[object, str]] = {}
+        for where, settings in (
+            ("", self.settings), ("", OF_KIND.get(method.kind, {})), (f"tasks.{task}.", self.tasks[task]),
+            (f"methods.{method.name}.", method.settings),
+        ):  # fmt: skip
+            values |= {key: (value, where + key) for key, value in settings.items()}
+        own: dict[str, object] = {"task": task, "seed": seed, "data": self.data_of(task), "out": out and str(out)}
+        values |= {key: (value, RESERVED[key]) for key, value in own.items()}
+        return config_module.from_values(values)
+
+
+def check(study: Study) -> None:
+    """Raises UserError, one line, for what is unknown, contradicts itself or cannot be run."""
+    for what, given in (("tasks", study.tasks), ("methods", study.methods), ("seeds", study.seeds)):
+        if not given:
+            raise UserError(f"--{what}: none given; expected at least one")
+    names = [method.name for method in study.methods]
+    for what, several in (("methods", names), ("seeds", study.seeds)):
+        twice = [str(one) for one in several if list(several).count(one) > 1]
+        if twice:
+            raise UserError(f"--{what}: {twice[0]} is given twice")
+    if study.shots < 1:
+        raise UserError(f"--shots: {study.shots} is not allowed; expected a whole number, 1 or more")
+    if study.demonstrations not in ("first", "random"):
+        raise UserError(f"--demonstrations: {study.demonstrations!r} is not allowed; expected first or random")
+    if study.encoder is None and any(method.kind == "encoder" for method in study.methods):
+        raise UserError("--encoder: is missing; expected a folder or hub name such as google-bert/bert-base-uncased")
+    if not 0 < study.encoder_lr < 1 or study.encoder_epochs < 1:
+        raise UserError("--encoder-lr, --encoder-epochs: expected a number between 0 and 1, and 1 or more")
+    for task in study.tasks:
+        without = get_task(task).train_on
+        for method in study.methods:
+            if without and method.kind != "zero-shot":
+                raise UserError(f"--methods: {method.name} needs a train split, which {task} lacks; train on {without}")
+            study.config(task, method, study.seeds[0])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The fields of a study file (YAML): ``tasks`` and ``methods`` as lists, or as mappings with settings of their own.
+
+    Raises:
+        UserError: names the file and the field.
+    """
+    tree = config_module.read_tree(path)
+    known = [f.name for f in dataclasses.fields(Study)]
+    for name in tree:
+        if name not in known:
+            raise UserError(f"{path}: unknown field {name!r}{config_module.suggest(str(name), known)}")
+    fields: dict[str, Any] = dict(tree)
+    for name in ("tasks", "methods"):
+        if name in fields:
+            fields[name] = _named(fields[name], f"{path}: {name}")
+    if "methods" in fields:
+        fields["methods"] = methods_of(fields["methods"], f"{path}: methods")
+    if "seeds" in fields:
+        fields["seeds"] = seeds_of(fields["seeds"], f"{path}: seeds")
+    if "settings" in fields:
+        fields["settings"] = _settings(fields["settings"], f"{path}: settings")
+    for name, kind in (("data", str), ("encoder", str), ("demonstrations", str), ("shots", int), ("encoder_epochs", int)):
+        if fields.get(name) is not None and (not isinstance(fields[name], kind) or isinstance(fields[name], bool)):
+            raise UserError(f"{path}: {name}: {fields[name]!r} is not allowed; expected {_WORDS[kind]}")
+    if "encoder_lr" in fields:
+        try:
+            fields["encoder_lr"] = float(fields["encoder_lr"])
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: encoder_lr: {fields['encoder_lr']!r} is not allowed; expected a number") from None
+    return fields
+
+
+_WORDS = {str: "a text", int: "a whole number"}
+
+
+def _named(value: object, where: str) -> dict[str, dict[str, Any]]:
+    """``[a, b]`` or ``{a: {settings}, b: }`` as a mapping of names to settings by key."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, Sequence):
+        if any(not isinstance(name, str) or not name for name in value):
+            raise UserError(f"{where}: expected names")
+        if len(set(value)) < len(value):
+            raise UserError(f"{where}: one is given twice: {', '.join(value)}")
+        return {name: {} for name in value}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {value!r} is not allowed; expected names, or names with settings")
+    return {str(name): _settings(inner, f"{where}.{name}", "kind") for name, inner in value.items()}
+
+
+def _settings(value: object, where: str, *more: str) -> dict[str, Any]:
+    """Settings of ``train``, nested as in its files or with dotted keys; ``more`` are names that are let through."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {value!r} is not allowed; expected settings")
+    flat = dict(config_module.flatten(value, where))
+    for key in flat:
+        if key in RESERVED:
+            raise UserError(f"{where}: {key} is not allowed here; {RESERVED[key]} says it")
+        if key not in SETTINGS and key not in more:
+            raise UserError(f"{where}: unknown setting {key!r}{config_module.suggest(key, list(SETTINGS))}")
+    return flat
+
+
+def tasks_of(text: str) -> dict[str, dict[str, Any]]:
+    return _named(text, "--tasks")
+
+
+def methods_of(named: str | Mapping[str, Mapping[str, Any]], where: str = "--methods") -> tuple[Method, ...]:
+    """Methods by name; a name that is no kind says its kind: ``{name: {kind: ppo, ...}}``."""
+    methods = []
+    for name, given in (_named(named, where) if isinstance(named, str) else named).items():
+        settings = dict(given)
+        kind = settings.pop("kind", name)
+        if kind not in KINDS:
+            raise UserError(f"{where}: {kind!r} is not known: choose from {', '.join(KINDS)}")
+        methods.append(Method(name, kind, settings))
+    return tuple(methods)
+
+
+def seeds_of(value: object, where: str = "--seeds") -> tuple[int, ...]:
+    parts: Sequence[Any] = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    try:
+        seeds = tuple(int(str(part)) for part in parts)
+    except ValueError:
+        seeds = (-1,)
+    if any(not 0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"{where}: {value!r} is not allowed; expected whole numbers from 0 to {2**32 - 1}, such as 0,1,2")
+    return seeds
+
+
+def save(study: Study, path: Path) -> None:
+    """Writes a file that `read` gives back."""
+    tree = dataclasses.asdict(study) | {
+        "methods": {method.name: {"kind": method.kind, **method.settings} for method in study.methods},
+        "seeds": list(study.seeds),
+    }
+    files.write_text(path, yaml.safe_dump(tree, sort_keys=False))
