@@ -73,7 +73,12 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     study.add_argument("--encoder", metavar="MODEL", help="folder or hub name of the encoder")
     study.add_argument("--encoder-lr", metavar="X", help="its learning rate (default: 2e-5)")
     study.add_argument("--encoder-epochs", metavar="N", help="its passes over the train split (default: 3)")
-    _add_settings(study, leave_out=("task", "seed"))
+    study.add_argument(
+        "--data", metavar="DIR", default=argparse.SUPPRESS,
+        help="a folder that has one for each task, named like it (none: the built-in corpus for cola, else the hub)",
+    )  # fmt: skip
+    study.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help="study folder to make (none: studies/TIME)")
+    _add_settings(study, leave_out=("task", "seed", "data", "out"))
 
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter", allow_abbrev=False)
     evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")

@@ -32,7 +32,7 @@ from fastppo.study import table
 from fastppo.study.encoder import train_encoder
 from fastppo.study.page import study_page
 from fastppo.study.spec import Method, Study
-from fastppo.tasks import Dataset, Task, get_task, load_data
+from fastppo.tasks import Dataset, Example, Task, get_task, load_data
 
 RESULT = "result.json"
 
@@ -125,7 +125,7 @@ class Runner:
     def _prompted(self, place: Place, config: Config) -> dict[str, Any]:
         task, data = get_task(place.task, config.template), self._data(place.task, place.seed)
         if place.method.kind == "few-shot":
-            task = task.with_demonstrations(self._demonstrations(data, place.seed))
+            task = task.with_demonstrations(self._demonstrations(data.train[: config.train_examples], place.seed))
         if self.base is None:
             self.base = ActorCritic(load_base(config), config)
         self.base.config = config
@@ -137,10 +137,11 @@ class Runner:
     def _labels(self, place: Place) -> int:
         return self.study.shots if place.method.kind == "few-shot" else 0
 
-    def _demonstrations(self, data: Dataset, seed: int) -> list[Any]:
-        if self.study.demonstrations == "first":
-            return data.train[: self.study.shots]
-        return random.Random(seed).sample(data.train, min(self.study.shots, len(data.train)))
+    def _demonstrations(self, train: list[Example], seed: int) -> list[Example]:
+        shots = self.study.shots
+        if shots > len(train):
+            raise UserError(f"--shots: {shots} is not allowed; the train split has {len(train)} examples")
+        return train[:shots] if self.study.demonstrations == "first" else random.Random(seed).sample(train, shots)
 
     def _trained(self, place: Place, config: Config) -> dict[str, Any]:
         run, task = place.folder(self.out), get_task(place.task)

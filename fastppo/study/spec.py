@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,6 +176,8 @@ def methods_of(named: str | Mapping[str, Mapping[str, Any]], where: str = "--met
     """Methods by name; a name that is no kind says its kind: ``{name: {kind: ppo, ...}}``."""
     methods = []
     for name, given in (_named(named, where) if isinstance(named, str) else named).items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _.+-]*", name):  # it names folders and stands in tables
+            raise UserError(f"{where}: {name!r} is not allowed; expected a name of letters, digits, spaces and any of _ . + -")
         settings = dict(given)
         kind = settings.pop("kind", name)
         if kind not in KINDS:

@@ -110,6 +110,14 @@ def test_a_failed_cell_does_not_stop_the_others_and_is_tried_again(place, monkey
     assert "failed" not in (out / "table.md").read_text()
 
 
+def test_demonstrations_come_from_what_is_trained_on(place, capsys):
+    out = place / "shots"
+    flags = ["--methods", "few-shot", "--demonstrations", "first", "--train-examples", "3", "--shots"]
+    assert cli.main(arguments(place, out, *flags, "4")) == 1
+    assert "failed: --shots: 4 is not allowed; the train split has 3 examples" in capsys.readouterr().out
+    assert cli.main(arguments(place, place / "fewer", *flags, "3")) == 0
+
+
 def test_an_encoder(place):
     from transformers import BertConfig, BertForSequenceClassification
 
