@@ -6,7 +6,9 @@ from engine import make_model, relative, spread_adapter
 from peft import get_peft_model_state_dict
 from test_llama_trunk import make_tree
 
+from fastppo import checkpoint
 from fastppo.batch.token_tree import build_tree
+from fastppo.evaluate import load_adapter
 from fastppo.memory import Machine
 from fastppo.model.actor_critic import CRITIC, POLICY
 from fastppo.model.attention import DecodeContext, TreeContext
@@ -134,3 +136,17 @@ def test_some_targets_and_a_model_that_is_moved(monkeypatch, through):
             module.weight.data = module.weight.data.clone()
     assert_same(all_of(model, make_tree()), all_of(plain, make_tree()))
     assert not through
+
+
+def test_an_adapter_that_is_read_from_a_file_is_the_one_computed_with(monkeypatch, tmp_path):
+    """As `fastppo eval` reads it: behind a forward, for which the buffers took what was there before."""
+    plain, bordered = pair("llama", monkeypatch)
+    stored = {name: 3 * p.detach() for name, p in plain.adapter_tensors(POLICY).items()}
+    checkpoint.save_adapter(tmp_path, stored, plain.peft_config)
+    tree, results = make_tree(), []
+    for model in (plain, bordered):
+        before = model.forward(tree, temperature=1.0).logprob.detach()
+        load_adapter(model, tmp_path / "adapter")
+        results.append(model.forward(tree, temperature=1.0).logprob.detach())
+        assert relative(results[-1], before) > 1e-3
+    assert relative(results[1], results[0]) < 1e-4
