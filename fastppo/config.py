@@ -414,12 +414,10 @@ def _convert(setting: Setting, value: object) -> Any:
 
 
 def from_flag(key: str, text: str) -> object:
-    """What a flag's text says, for `from_values`."""
-    return _stop_from_flag(text) if SETTINGS[key].kind is tuple else text
-
-
-def _stop_from_flag(text: str) -> list[str]:
-    r"""`--sample-stop`: a JSON list if it looks like one, else one text in which \n and \t stand for themselves."""
+    r"""What a flag's text says, for `from_values`. Several texts: a JSON list if it looks like one, else one in which \n and
+    \t stand for themselves."""
+    if SETTINGS[key].kind is not tuple:
+        return text
     if text in ("", "none"):
         return []
     if text.startswith("["):
