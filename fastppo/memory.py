@@ -420,7 +420,7 @@ def micro_batch(
     """The most bytes alive in forward and backward of one micro-batch, besides parameters and their gradients.
 
     Args:
-        activations: "keep", "recompute" or "offload", see `fastppo.config.Config.activations`.
+        activations: "keep", "recompute" or "offload", see `fastppo.settings.Config.activations`.
         passes: 2 where the critic has a trunk of its own adapters.
         chunk: with the head's chunk of logits; without, what the trunk takes is left.
     """
