@@ -24,6 +24,7 @@ from fastppo.model.llama_trunk import LlamaTrunk
 from fastppo.model.load import be_quiet, check_decoder, first_line, load_tokenizer, pick_device, pick_dtype, source_of
 from fastppo.tasks import get_task, load_data
 from fastppo.tasks.data import looks_like_path
+from fastppo.tasks.task import BUILT_IN
 
 WHEN = {
     "always": "all the time", "update": "in an update", "sampling": "while sampling", "graphs": "for replays",
@@ -104,9 +105,10 @@ def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, tuple[str, ...]
     """
     allowed = Prompts.longest_allowed(sizes, config)
     task, why = get_task(config.task, config.template), ""
-    on_disk = config.data is None or os.path.exists(os.path.expanduser(config.data))
-    if not on_disk and not looks_like_path(str(config.data)):
-        why = f"data {config.data!r} is not on this disk"
+    given = config.data or task.data
+    on_disk = given is None or given == BUILT_IN or os.path.exists(os.path.expanduser(given))
+    if not on_disk and not looks_like_path(str(given)):
+        why = f"data {given!r} is not on this disk"
     else:
         try:
             tokenizer = load_tokenizer(*source_of(config), config.trust_remote_code)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,6 +42,7 @@ from fastppo.rollout.sampler import Sampling, generate
 from fastppo.rollout.trie import TokenTrie
 from fastppo.scores import shown
 from fastppo.tasks import get_task_to_train, load_data
+from fastppo.tasks.task import BUILT_IN
 from fastppo.track import Tracker
 
 # Streams of randomness, each drawn from (seed, stream, step): no generator state to save, nothing to drift on resuming.
@@ -50,7 +52,7 @@ PPO_PHASES = ("sample", "score", "estimate", "update")  # of ``seconds``: what s
 
 REAL_MODEL_HINT = (
     "using the built-in {what}; for a real one: "
-    "fastppo train --task {task} --model Qwen/Qwen2.5-0.5B --data {data}"
+    "fastppo train --task {task} --model Qwen/Qwen2.5-0.5B{on}"
 )
 
 
@@ -487,9 +489,11 @@ class Trainer:
 
     def _announce(self) -> None:
         config, note = self.config, self.tracker.note
-        builtin = [what for what, given in (("model", config.model), ("corpus", config.data)) if given is None]
+        builtin = ["model"] * (config.model is None) + ["corpus"] * (self.dataset.origin == BUILT_IN)
         if builtin:
-            note(REAL_MODEL_HINT.format(what=" and ".join(builtin), task=config.task, data=":".join(self.task.hub)))
+            data = ":".join(self.task.hub) if self.task.hub else config.data
+            on = "" if data is None else f" --data {shlex.quote(data)}"
+            note(REAL_MODEL_HINT.format(what=" and ".join(builtin), task=shlex.quote(config.task), on=on))
         note(
             f"run {self.run}: {len(self.dataset.train):,} train rows ({len(self.warm):,} for SFT, {len(self.train):,} for PPO, "
             f"{len(self.valid):,} held out to choose the checkpoint), {len(self.dev):,} dev rows"

@@ -43,8 +43,9 @@ class Study:
     """A study, whole: the same study gives the same table.
 
     tasks: names, with settings of their own by key. data: a folder that has one for each task, named like it; None: the
-    built-in corpus where a task has one, else the hub. shots: examples in front of a few-shot question. demonstrations: whether
-    they are the ``first`` of the train split or drawn from it with the seed (``random``). settings: of ``train``, by key.
+    task's own data where it has some (cola: the built-in corpus), else the hub. shots: examples in front of a few-shot
+    question. demonstrations: whether they are the ``first`` of the train split or drawn from it with the seed (``random``).
+    settings: of ``train``, by key.
     """
 
     tasks: Mapping[str, Mapping[str, Any]]
@@ -62,7 +63,8 @@ class Study:
         """What ``--data`` would be in ``fastppo train``."""
         if self.data is not None:
             return str(Path(self.data, task))
-        return None if task == "cola" else ":".join(get_task(task).hub)
+        known = get_task(task)
+        return ":".join(known.hub) if known.data is None and known.hub else None
 
     def config(self, task: str, method: Method, seed: int, out: Path | None = None) -> Config:
         """The settings of a cell's run. Raises UserError."""

@@ -1,6 +1,6 @@
 """CoLA: is a sentence acceptable English? (Warstadt et al., "Neural Network Acceptability Judgments", TACL 2019)"""
 
-from fastppo.tasks.task import Task
+from fastppo.tasks.task import BUILT_IN, Task
 from fastppo.tasks.wording import prompts
 
 COLA = Task(
@@ -19,4 +19,5 @@ what each verb needs are all right.""",
     metrics=("mcc",),
     tsv_columns=("source", "label", "mark", "sentence"),
     hub=("nyu-mll/glue", "cola"),
+    data=BUILT_IN,
 )

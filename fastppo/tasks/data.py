@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fastppo.errors import Interrupted, UserError
 from fastppo.tasks.example import Example
 from fastppo.tasks.read import LABEL, READERS, find_columns, make_examples, read_file, show, show_line
-from fastppo.tasks.task import Task
+from fastppo.tasks.task import BUILT_IN, Task
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val")}
 """The names under which data sets have their two splits."""
@@ -30,7 +30,7 @@ class Dataset:
     dev: list[Example]
     origin: Literal["built-in", "folder", "file", "hub"]
     name: str
-    """What the user gave, or "built-in"."""
+    """What the user gave, or the task's own `Task.data`."""
     note: str = ""
     """What was done with the data that the user did not ask for; empty if nothing."""
 
@@ -48,7 +48,7 @@ class Dataset:
 def load_data(task: Task, data: str | None = None, seed: int = 0) -> Dataset:
     """Load what ``--data`` names.
 
-    None is the built-in corpus; otherwise a folder with a train and a dev file, a single file (10 % of which, drawn
+    None is the task's own (`Task.data`); otherwise a folder with a train and a dev file, a single file (10 % of which, drawn
     with ``seed``, become the dev split, examples of one group together), or ``name`` or ``name:config`` of a data set on
     the hub. What a task trains on only a part of is drawn with ``seed`` too. Of a diagnostic set all is dev.
     Raises UserError, one line naming the file and row or the data set, for whatever cannot be loaded.
@@ -68,7 +68,11 @@ def _joined(*notes: str) -> str:
 
 def _load(task: Task, data: str | None, seed: int) -> Dataset:
     if data is None:
-        return _load_builtin(task)
+        if task.data == BUILT_IN:
+            return _load_builtin()
+        if task.data is None:
+            raise UserError(f"task {task.name} has no built-in data: give --data {_choices(task)}")
+        data = task.data
     path = Path(os.path.expanduser(data))
     try:
         if not data.strip():
@@ -78,13 +82,17 @@ def _load(task: Task, data: str | None, seed: int) -> Dataset:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         if looks_like_path(data):
             raise UserError(
-                f"data {data!r} is missing, there is no such file or folder: give a folder with train and dev "
-                f"files ({' '.join(READERS)}), one such file, or a hub name such as {':'.join(task.hub)}"
+                f"data {data!r} is missing, there is no such file or folder: give {_choices(task)}"
             ) from None
         return _load_hub(task, data)
     except OSError as error:
         raise UserError(f"data {data!r} cannot be read: {error.strerror or error}") from None
     return _load_folder(task, path, data) if path.is_dir() else _load_file(task, path, data, seed)
+
+
+def _choices(task: Task) -> str:
+    such_as = f" such as {':'.join(task.hub)}" if task.hub else ""
+    return f"a folder with train and dev files ({' '.join(READERS)}), one such file, or a hub name{such_as}"
 
 
 def looks_like_path(data: str) -> bool:
@@ -96,12 +104,7 @@ def looks_like_path(data: str) -> bool:
     )
 
 
-def _load_builtin(task: Task) -> Dataset:
-    if task.name != "cola":
-        raise UserError(
-            f"task {task.name} has no built-in data: give --data a folder with its train and dev files "
-            f"({' '.join(READERS)}), one such file, or a hub name such as {':'.join(task.hub)}"
-        )
+def _load_builtin() -> Dataset:
     from fastppo.builtin.corpus import build_corpus
 
     train, dev = (
@@ -111,7 +114,7 @@ def _load_builtin(task: Task) -> Dataset:
         ]
         for split, rows in zip(SPLITS, build_corpus(), strict=True)
     )
-    return Dataset(train, dev, "built-in", "built-in")
+    return Dataset(train, dev, BUILT_IN, BUILT_IN)
 
 
 def _load_folder(task: Task, folder: Path, name: str) -> Dataset:
@@ -204,7 +207,7 @@ def _load_hub(task: Task, name: str) -> Dataset:
     from huggingface_hub.utils import logging as hub_logging
 
     repository, _, config = name.partition(":")
-    if repository in (task.hub[0], task.hub[0].rpartition("/")[2]):
+    if task.hub and repository in (task.hub[0], task.hub[0].rpartition("/")[2]):
         repository, config = task.hub[0], config or task.hub[1]
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # without a network its retries log a dozen lines in front of the error

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from fastppo.tasks import metrics as scoring
 from fastppo.tasks.example import Example
@@ -14,6 +15,9 @@ OPENING, CLOSING = "<answer>", "</answer>"
 
 Values = dict[str, object]
 """What one row of a data file holds, by column."""
+
+BUILT_IN: Final = "built-in"
+"""`Task.data` of a task whose data comes with fastppo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,10 @@ class Task:
     """Lowest and highest number of a task whose answers are numbers; None for words."""
     metrics: tuple[str, ...] = ("accuracy",)
     """Names of its official metrics in `fastppo.tasks.metrics.METRICS`; the first is the one to look at."""
-    hub: tuple[str, str]
-    """Name and configuration of the data set on the Hugging Face hub."""
+    hub: tuple[str, str] | None = None
+    """Name and configuration of the data set on the Hugging Face hub, if it is there."""
+    data: str | None = None
+    """What is loaded where ``--data`` is not given: `BUILT_IN`, or what ``--data`` takes; None: it must be given."""
     tsv_columns: tuple[str, ...] = ()
     """The columns of the data set's own TSV where that has no header; () where it has one."""
     tsv_extra: int = 0

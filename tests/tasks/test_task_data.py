@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import pyarrow as pa
@@ -345,3 +346,27 @@ def test_no_network(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.startswith("data 'nobody/nothing': no such file or folder, and the hub does not give it: "), done
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
+
+
+# Tasks that are on no hub, and tasks with data of their own
+
+
+def test_a_task_that_is_on_no_hub_needs_data_and_names_none():
+    with pytest.raises(UserError, match=r"^task x has no built-in data: give --data .*, or a hub name$"):
+        load_data(replace(COLA, name="x", hub=None, data=None))
+    with pytest.raises(UserError, match=r"^data 'no/where.tsv' is missing, .*, or a hub name$"):
+        load_data(replace(COLA, name="x", hub=None), "no/where.tsv")
+
+
+def test_a_task_that_is_on_no_hub_takes_another_data_set_there(monkeypatch):
+    calls = hub(monkeypatch, datasets.DatasetDict(train=split(), validation=split(["It."], [1])))
+    assert len(load_data(replace(COLA, hub=None), "x/y:z").dev) == 1 and calls == [("x/y", "z")]
+
+
+def test_data_of_the_task_itself_is_the_default(tmp_path):
+    (tmp_path / "own.jsonl").write_text(JSONL)
+    (tmp_path / "given.jsonl").write_text(JSONL + JSONL)
+    task = replace(COLA, data=str(tmp_path / "own.jsonl"))
+    assert load_data(task).summary()["train"] == 1 and load_data(task).name == str(tmp_path / "own.jsonl")
+    assert load_data(task, str(tmp_path / "given.jsonl")).summary()["train"] == 3
+    assert load_data(COLA).origin == "built-in"
