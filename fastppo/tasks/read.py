@@ -95,6 +95,9 @@ def make_example(task: Task, values: Values, where: str, origin: str, group: str
                 f"{where}: {slot} holds {ascii(text[error.start])} (character {error.start + 1}), "
                 "half of a surrogate pair, must be valid Unicode"
             ) from None
+        allowed = task.values.get(slot)
+        if allowed and text.strip().lower() not in allowed:
+            raise UserError(f"{where}: {slot} is {show_value(text)}, must be {' or '.join(allowed)}")
         fields[slot] = text
     label = task.label_id(values.get(LABEL))
     if label is None:

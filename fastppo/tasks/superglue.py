@@ -8,7 +8,7 @@ import random
 import re
 import string
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastppo.tasks.example import Example
 from fastppo.tasks.glue import ENTAILS_ANSWERS, ENTAILS_QUESTION, NLI_ANSWERS, NLI_COLUMNS, NLI_INPUTS, NLI_QUESTION
@@ -61,6 +61,7 @@ COPA = Task(
     ),
     name="copa",
     slots=("premise", "choice1", "choice2", "question"),
+    values={"question": ("cause", "effect")},
     labels=("one", "two"),
     label_names=("choice1", "choice2"),
     files=FEW,
@@ -80,6 +81,14 @@ def _part(values: object, key: str, kind: type[Kind], where: str = "") -> Kind:
     return found
 
 
+def _filled_list(values: object, key: str, where: str = "") -> list[Any]:
+    """A list with something in it. Raises ValueError."""
+    found = _part(values, key, list, where)
+    if not found:
+        raise ValueError(f"{where}{key} is empty, must be a list of at least one")
+    return found
+
+
 def _multirc_rows(values: Values, number: str) -> list[Values]:
     """An example for each answer. The group is its question."""
     if "passage" not in values or isinstance(values["passage"], str):  # the hub: a row is an answer
@@ -88,9 +97,9 @@ def _multirc_rows(values: Values, number: str) -> list[Values]:
         return [{**values, "group": "-".join(map(str, places)) or number}]
     rows: list[Values] = []
     text = _part(values["passage"], "text", str, "passage.")
-    for q, question in enumerate(_part(values["passage"], "questions", list, "passage."), 1):
+    for q, question in enumerate(_filled_list(values["passage"], "questions", "passage."), 1):
         asked = _part(question, "question", str, f"question {q}: ")
-        for a, answer in enumerate(_part(question, "answers", list, f"question {q}: "), 1):
+        for a, answer in enumerate(_filled_list(question, "answers", f"question {q}: "), 1):
             if not isinstance(answer, Mapping):
                 raise ValueError(f"question {q}, answer {a}: must be an object with text and label")
             rows.append({
@@ -121,24 +130,34 @@ MULTIRC = Task(
 HIGHLIGHT, PLACEHOLDER = "@highlight", "@placeholder"
 
 
+def _entity(text: str, span: object, number: int) -> str:
+    """What stands at a span, whose end is that of its last character. Raises ValueError."""
+    where = f"passage.entities, entity {number}: "
+    start, end = (_part(span, key, int, where) for key in ("start", "end"))
+    if not 0 <= start <= end < len(text):
+        raise ValueError(f"{where}{start} to {end} is no part of the passage, which has the characters 0 to {len(text) - 1}")
+    found = text[start : end + 1]
+    if found != found.strip():
+        raise ValueError(f"{where}at {start} to {end} stands {found[:40]!r}, must be a name, without space around it")
+    return found
+
+
 def _record_rows(values: Values, number: str) -> list[Values]:
     """An example for each different entity of each query, with the query's gap filled. The group is the query."""
     passage = values.get("passage")
     if isinstance(passage, str):  # the hub: a row is a query
         text, queries = passage, [values]
-        entities = [entity for entity in _part(values, "entities", list) if isinstance(entity, str)]
+        entities = [entity for entity in _filled_list(values, "entities") if isinstance(entity, str)]
     else:
-        text, queries = _part(passage, "text", str, "passage."), _part(values, "qas", list)
-        spans = _part(passage, "entities", list, "passage.")
-        where = "passage.entities."
-        entities = [text[_part(span, "start", int, where) : _part(span, "end", int, where) + 1] for span in spans]
+        text, queries = _part(passage, "text", str, "passage."), _filled_list(values, "qas")
+        entities = [_entity(text, span, e) for e, span in enumerate(_filled_list(passage, "entities", "passage."), 1)]
     rows: list[Values] = []
     for q, query in enumerate(queries, 1):
         where = f"query {q}: "
         sentence = _part(query, "query", str, where)
         if PLACEHOLDER not in sentence:
             raise ValueError(f"{where}no {PLACEHOLDER} in it")
-        answers = _part(query, "answers", list, where)
+        answers = _filled_list(query, "answers", where)
         gold = {answer if isinstance(answer, str) else _part(answer, "text", str, f"{where}answers.") for answer in answers}
         for e, entity in enumerate(dict.fromkeys([*entities, *sorted(gold)]), 1):
             rows.append({
@@ -178,14 +197,27 @@ RECORD = Task(
 
 
 def _wic_row(values: Values, number: str) -> list[Values]:
-    """Some releases have one text of word and sentences."""
+    """Some releases have one text of word and sentences, without the places of the word."""
     text = values.get("text")
     if "word" in values or not isinstance(text, str):
+        for k in (1, 2):
+            _check_place(values, f"sentence{k}", f"start{k}", f"end{k}")
         return [values]
     found = re.fullmatch(r"Word: (.+?)\. Sentence 1: (.+?) Sentence 2: (.+)", text, re.DOTALL)
     if not found:
         raise ValueError("text must be of the form 'Word: ... . Sentence 1: ... Sentence 2: ...'")
     return [{"word": found[1], "sentence1": found[2], "sentence2": found[3], "label": values.get("label")}]
+
+
+def _check_place(values: Values, sentence: str, start: str, end: str) -> None:
+    """Raises ValueError for a place of the word, where one is given, that is not in its sentence."""
+    if values.get(start) is None and values.get(end) is None:
+        return
+    first, behind = (int(str(v)) if str(v := values.get(key)).isdecimal() else -1 for key in (start, end))
+    length = len(str(values.get(sentence, "")))
+    if not 0 <= first < behind <= length:
+        given = f"{values.get(start)!r} to {values.get(end)!r}"
+        raise ValueError(f"{start} to {end} is {given[:60]}, which is no part of {sentence}, {length} characters long")
 
 
 WIC = Task(
@@ -205,18 +237,48 @@ WIC = Task(
 )
 
 
+NEAR = 2
+"""How many words off an index into a text of WSC may be: a few places in the data are off by one."""
+
+
+def _bare(word: str) -> str:
+    return re.sub(r"[\W_]+", "", word).lower()
+
+
 def _wsc_row(values: Values, number: str) -> list[Values]:
-    """The pronoun is put between asterisks: a text may have several alike."""
+    """The pronoun is put between asterisks: a text may have several alike. Indices count the words between spaces; words are
+    compared without case and punctuation. The words of the noun phrase need not stand together ("Kamenev and Zinoviev")."""
     target = values.get("target", values)
     text = _part(values, "text", str)
     noun, pronoun = (_part(target, f"span{k}_text", str) for k in (1, 2))
-    place = _part(target, "span2_index", int)
     pieces = re.split(r"(\s+)", text.strip())  # words, and what is between them
-    alike = [i for i, word in enumerate(pieces) if word.strip(string.punctuation).lower() == pronoun.lower()]
-    if alike:
-        nearest = min(alike, key=lambda i: abs(i - 2 * place))  # a few places in the data are wrong
-        pieces[nearest] = re.sub(re.escape(pronoun), r"*\g<0>*", pieces[nearest], count=1, flags=re.IGNORECASE)
-    return [{"text": "".join(pieces), "noun": noun, "pronoun": pronoun, "label": values.get("label")}]
+    words = [_bare(word) for word in pieces[::2]]
+    for word in noun.split():
+        if not any(w.startswith(_bare(word)) for w in words):
+            raise ValueError(f"span1_text: {word[:40]!r} is not in the text")
+    if noun.strip() and isinstance(target, Mapping) and target.get("span1_index") is not None:
+        _nearest(words, noun.split()[0], _part(target, "span1_index", int), 1)
+    place = 2 * _nearest(words, pronoun, _part(target, "span2_index", int), 2)
+    bare = pronoun.strip(string.punctuation)
+    pieces[place] = re.sub(re.escape(bare), r"*\g<0>*", pieces[place], count=1, flags=re.IGNORECASE)
+    return [{"text": "".join(pieces), "noun": noun, "pronoun": bare, "label": values.get("label")}]
+
+
+def _nearest(words: list[str], spelled: str, index: int, k: int) -> int:
+    """Where the word that begins span ``k`` stands near its index; if it does not, a longer word there that begins with it.
+
+    Raises:
+        ValueError: nowhere, or nowhere near.
+    """
+    wanted = _bare(spelled)
+    alike = [i for i, word in enumerate(words) if wanted and word.startswith(wanted)]
+    if not alike:
+        raise ValueError(f"span{k}_text: {spelled[:40]!r} is not in the text")
+    near = [i for i in alike if abs(i - index) <= NEAR]
+    if not near:
+        stands = min(alike, key=lambda i: abs(i - index))
+        raise ValueError(f"span{k}_index is {index}, but {spelled[:40]!r} stands at {stands}, counted in words from 0")
+    return min(near, key=lambda i: (words[i] != wanted, abs(i - index)))
 
 
 WSC = Task(

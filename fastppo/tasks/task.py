@@ -39,6 +39,8 @@ class Task:
     """The answer word of each label id, in lower case. The ids are those of the hub's data sets: files there hold bare ids."""
     label_names: tuple[str, ...] = ()
     """What data sets call each label id."""
+    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What a slot may hold, where that is not any text; in lower case."""
     span: tuple[float, float] | None = None
     """Lowest and highest number of a task whose answers are numbers; None for words."""
     metrics: tuple[str, ...] = ("accuracy",)

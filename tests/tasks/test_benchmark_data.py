@@ -225,7 +225,14 @@ RECORD_ROW = {
 }
 WSC_ROW = {"text": "it saw it, I said.", "label": True,
            "target": {"span1_index": 4, "span1_text": "I", "span2_index": 2, "span2_text": "it"}}  # fmt: skip
+WIC_ROW = {"word": "go", "sentence1": "Let go", "sentence2": "We go on", "start1": 4, "end1": 5, "start2": 3, "end2": 5,
+           "label": True}  # fmt: skip
+COPA_ROW = {"premise": "x", "choice1": "a", "choice2": "b", "question": "effect", "label": 0}
 AXG_ROW = {"premise": "The nurse said she left.", "hypothesis": "Someone left.", "label": "not_entailment", "idx": 0}
+
+
+def wsc(**target):
+    return WSC_ROW | {"target": WSC_ROW["target"] | target}
 
 
 def test_multirc_is_one_example_an_answer(tmp_path):
@@ -265,6 +272,28 @@ def test_the_marked_pronoun_is_the_one_of_the_data(tmp_path):
     assert example.fields == {"text": "it saw *it*, I said.", "noun": "I", "pronoun": "it"} and example.label == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "noun", "pronoun", "marked"),
+    [
+        ("Ann kept it, and it, too.", ("Ann", 0), ("it,", 4), "Ann kept it, and *it*, too."),
+        ("Ann, who met Cid, saw Bob. They left.", ("Ann and Bob", 0), ("They", 6), None),
+        ("Ann, met Cid, who saw Bob. They left.", ("Cid, Bob", 1), ("They", 6), "Ann, met Cid, who saw Bob. *They* left."),
+        ("They came, but theyscold her.", ("her", 4), ("they", 3), "They came, but *they*scold her."),
+        ("Her dog sees her.", ("the dog", 1), ("her", 2), None),
+        ("Her dog sees her.", ("Dog", 0), ("her", 2), "Her dog sees *her*."),
+    ],
+)
+def test_what_is_odd_in_the_files_of_wsc_but_not_damaged(tmp_path, text, noun, pronoun, marked):
+    """Punctuation in spans, another case, words that stand apart or together, indices that are off by a word or two."""
+    target = {"span1_text": noun[0], "span1_index": noun[1], "span2_text": pronoun[0], "span2_index": pronoun[1]}
+    path = jsonl(tmp_path, "val.jsonl", {"text": text, "target": target, "label": False})
+    if marked is None:
+        with pytest.raises(UserError, match="val.jsonl:1: malformed row: span1_text: '(and|the)' is not in the text"):
+            read_file(TASKS["wsc"], path)
+    else:
+        assert read_file(TASKS["wsc"], path)[0].fields["text"] == marked
+
+
 def test_pairs_of_axg_differ_in_a_pronoun(tmp_path):
     other = AXG_ROW | {"premise": "The nurse said He left."}
     third = AXG_ROW | {"premise": "The cook said she left."}
@@ -282,7 +311,32 @@ def test_pairs_of_axg_differ_in_a_pronoun(tmp_path):
         ("multirc", {"passage": {"text": "x", "questions": [{"question": "y", "answers": ["z"]}]}}, "answer 1: must be an obj"),
         ("multirc", {"passage": {"text": "x", "questions": [{"question": "y", "answers": [{"text": "z"}]}]}},
          "question 1, answer 1: label is missing, task multirc allows 0 (false, false) or 1 (true, true)"),
+        ("multirc", {"passage": {"text": "x", "questions": []}}, "passage.questions is empty, must be a list of at least one"),
+        ("multirc", {"passage": {"text": "x", "questions": [{"question": "y", "answers": []}]}}, "question 1: answers is emp"),
         ("record", {"passage": None}, "passage"),
+        ("record", RECORD_ROW | {"qas": []}, "qas is empty, must be a list of at least one"),
+        ("record", RECORD_ROW | {"qas": [{"query": "@placeholder left", "answers": []}]}, "query 1: answers is empty"),
+        ("record", RECORD_ROW | {"passage": {"text": "Ann", "entities": []}}, "passage.entities is empty"),
+        ("record", RECORD_ROW | {"passage": {"text": "Ann", "entities": [{"start": 0, "end": 2}, {"start": 0, "end": 3}]}},
+         "passage.entities, entity 2: 0 to 3 is no part of the passage, which has the characters 0 to 2"),
+        ("record", RECORD_ROW | {"passage": {"text": "Ann", "entities": [{"start": 2, "end": 1}]}}, "entity 1: 2 to 1 is no"),
+        ("record", RECORD_ROW | {"passage": {"text": "Ann", "entities": [{"start": -1, "end": 1}]}}, "entity 1: -1 to 1 is no"),
+        ("record", RECORD_ROW | {"passage": {"text": "Ann left", "entities": [{"start": 0, "end": 3}]}},
+         "entity 1: at 0 to 3 stands 'Ann ', must be a name, without space around it"),
+        ("record", {"passage": "Ann left", "query": "@placeholder left", "entities": [], "answers": ["Ann"]}, "entities is em"),
+        ("wic", WIC_ROW | {"end2": 9}, "start2 to end2 is 3 to 9, which is no part of sentence2, 8 characters long"),
+        ("wic", WIC_ROW | {"start1": 5}, "start1 to end1 is 5 to 5, which is no part of sentence1, 6 characters long"),
+        ("wic", WIC_ROW | {"start1": -2}, "start1 to end1 is -2 to 5, which is no part"),
+        ("wic", WIC_ROW | {"start1": "x"}, "start1 to end1 is 'x' to 5, which is no part"),
+        ("wic", WIC_ROW | {"start1": None}, "start1 to end1 is None to 5, which is no part"),
+        ("wsc", wsc(span2_text="he"), "span2_text: 'he' is not in the text"),
+        ("wsc", wsc(span2_text="!"), "span2_text: '!' is not in the text"),
+        ("wsc", wsc(span1_text="You"), "span1_text: 'You' is not in the text"),
+        ("wsc", wsc(span1_text="I left"), "span1_text: 'left' is not in the text"),
+        ("wsc", wsc(span1_index=0, span1_text="said"), "span1_index is 0, but 'said' stands at 4, counted in words from 0"),
+        ("wsc", wsc(span2_index=50), "span2_index is 50, but 'it' stands at 2, counted in words from 0"),
+        ("wsc", wsc(span2_index="2"), "span2_index is '2', must be a whole number"),
+        ("copa", COPA_ROW | {"question": "reason"}, "question is 'reason', must be cause or effect"),
         ("record", RECORD_ROW | {"qas": [{"query": "no gap", "answers": []}]}, "query 1: no @placeholder in it"),
         ("record", RECORD_ROW | {"passage": {"text": "x", "entities": [{"start": "a"}]}}, "start is 'a', must be a whole num"),
         ("wic", {"text": "Word: x", "label": 1}, "text must be of the form"),
@@ -294,7 +348,7 @@ def test_pairs_of_axg_differ_in_a_pronoun(tmp_path):
     ],
 )  # fmt: skip
 def test_damaged_rows_of_superglue_are_named(tmp_path, name, row, part):
-    good = {"multirc": MULTIRC_ROW, "record": RECORD_ROW, "wsc": WSC_ROW}.get(name)
+    good = {"multirc": MULTIRC_ROW, "record": RECORD_ROW, "wsc": WSC_ROW, "wic": WIC_ROW, "copa": COPA_ROW}.get(name)
     path = jsonl(tmp_path, "val.jsonl", *([good] if good else []), row)
     with pytest.raises(UserError) as caught:
         read_file(TASKS[name], path)
