@@ -1,4 +1,4 @@
-"""The official metrics of GLUE and SuperGLUE, with bootstrap intervals. A malformed answer is always wrong.
+"""The official metrics of GLUE and SuperGLUE, with bootstrap intervals. A malformed answer is wrong; of numbers, a constant.
 
 Suffixes of arrays: N rows, U units that the bootstrap draws (rows, or groups of rows), K sums, B resamples, C cells.
 """

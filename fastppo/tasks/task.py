@@ -191,7 +191,11 @@ class Task:
         return scoring.intervals(self.metrics, self._answers(examples, predicted), seed)
 
     def _answers(self, examples: Sequence[Example], predicted: Sequence[int | float | None]) -> scoring.Answers:
-        """For scoring: numbers within ``span``, and instead of a malformed answer one that is wrong."""
+        """For scoring: numbers within ``span``, and instead of a malformed answer one that is wrong, or says nothing.
+
+        Of numbers that is the middle of the scale, the same for all. The far end from the gold number would be an answer that
+        knows it: such answers correlate with it, if negatively.
+        """
         gold = [example.label for example in examples if example.label is not None]
         if not gold or len(gold) != len(examples) or len(gold) != len(predicted):
             raise ValueError(f"{len(gold)} gold labels and {len(predicted)} predictions: need as many of each, at least one")
@@ -199,8 +203,7 @@ class Task:
             counted = [scoring.MALFORMED if p is None else p for p in predicted]
         else:
             low, high = self.span
-            far = [low if label > (low + high) / 2 else high for label in gold]  # the end of the scale that is farther away
-            counted = [f if p is None else min(max(p, low), high) for p, f in zip(predicted, far, strict=True)]
+            counted = [(low + high) / 2 if p is None else min(max(p, low), high) for p in predicted]
         groups = [example.group for example in examples]
         return scoring.Answers(gold, counted, groups, [example.fields.get("candidate", "") for example in examples])
 

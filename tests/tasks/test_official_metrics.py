@@ -116,12 +116,16 @@ def naive_ranks(values):
     return [sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2 for value in values]
 
 
-def test_a_malformed_number_is_as_wrong_as_the_scale_allows():
+def test_a_malformed_number_says_nothing():
     gold = [0.0, 1.0, 2.4, 2.6, 4.0, 5.0]
-    examples = [Example({}, label, "") for label in gold]
-    task = get_task("stsb")
-    assert task.score(examples, [None] * 6) == task.score(examples, [5.0, 5.0, 5.0, 0.0, 0.0, 0.0]) | {"malformed": 1.0}
-    assert task.score(examples, [None] * 6)["pearson"] < -0.8
+    examples, task = [Example({}, label, "") for label in gold], get_task("stsb")
+    silent = task.score(examples, [None] * 6)
+    assert silent == {"spearman": 0.0, "pearson": 0.0, "malformed": 1.0, "n": 6}
+    assert task.intervals(examples, [None] * 6, 0) == {"spearman": (0.0, 0.0), "pearson": (0.0, 0.0)}
+    said = [0.0, None, 2.4, 2.6, None, 5.0]
+    half = task.score(examples, said)
+    assert half == task.score(examples, [2.5 if p is None else p for p in said]) | {"malformed": 2 / 6}
+    assert 0 < half["pearson"] < task.score(examples, gold)["pearson"] == pytest.approx(1)
     assert task.score(examples, [-40.0, 1.0, 2.4, 2.6, 4.0, 99.0]) == task.score(examples, gold)
 
 
