@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,15 +23,17 @@ _ADVICE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "allow writing there, or choose another folder",
-    errno.EPERM: "allow writing there, or choose another folder",
+    errno.EROFS: "make the disk writable",
+    errno.EACCES: "allow writing there",
+    errno.EPERM: "allow writing there",
 }
+_OF_THE_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM)  # what another folder helps against
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full, read-only, forbidden or missing disk into a UserError of one line that names `path` and says how to go on.
+    """Turns a full, read-only, forbidden or missing disk into a UserError of one line that names `path` and says what to do:
+    within the folder of a run or study that had begun, how to go on with it.
 
     Covers safetensors, whose errors carry the system's number as text. `torch.save` to a file hides it: save to memory
     and give the bytes to `write_bytes`.
@@ -43,10 +46,26 @@ def disk_errors(path: Path) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else _os_error_in_text(str(error))
         if code is None or isinstance(error, (BlockingIOError, BrokenPipeError)):
             raise
-        raise UserError(
-            f"cannot write {path}: {os.strerror(code)}; everything saved before is intact; "
-            f"{_ADVICE.get(code, 'choose another folder')}, then run again (a run that had begun: fastppo train --resume RUN)"
-        ) from error
+        what, command = f"cannot write {path}: {os.strerror(code)}", _go_on(path)
+        if command:
+            advice = f"{_ADVICE[code]}, then " if code in _ADVICE else ""
+            raise UserError(f"{what}; everything saved before is intact; {advice}go on with: {command}") from error
+        advice = _ADVICE.get(code, "")
+        elsewhere = "choose another place" if not advice else "or choose another folder" if code in _OF_THE_PLACE else ""
+        raise UserError(f"{what}; {', '.join(filter(None, (advice, elsewhere)))}") from error
+
+
+def _go_on(path: Path) -> str:
+    """The command that goes on with the study, else the run, whose folder holds the path; "" outside of those that have begun.
+
+    A user's own folder may hold a config.yaml too, but no lock.
+    """
+    folders = [folder for folder in (path, *path.parents) if os.path.isfile(folder / ".lock")]
+    for name, command in (("study.yaml", "study"), ("config.yaml", "train")):
+        for folder in folders:
+            if os.path.isfile(folder / name):
+                return f"fastppo {command} --resume {shlex.quote(str(folder))}"
+    return ""
 
 
 def _os_error_in_text(text: str) -> int | None:

@@ -353,8 +353,9 @@ def finish(world, run, folder, code, err):
     """After the disk was full: one line; then the run goes on, or begins if it had not begun."""
     assert code == 2, err
     assert err.startswith("fastppo: error: cannot write ") and err.count("\n") == 1
-    assert "No space left on device" in err and "free some space" in err and "--resume" in err
     begun = (run / "config.yaml").exists()
+    going_on = f"; everything saved before is intact; free some space, then go on with: fastppo train --resume {run}\n"
+    assert err.endswith("No space left on device" + (going_on if begun else "; free some space\n"))
     code, _, err = call(["train", "--resume", str(run)] if begun else world.argv(run), folder)
     assert (code, err) == (0, "")
     return begun

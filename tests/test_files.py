@@ -127,16 +127,33 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
-def test_disk_errors_are_one_line_that_says_how_to_go_on(code):
-    with pytest.raises(UserError) as caught, files.disk_errors(Path("run/summary.json")):
-        raise OSError(code, os.strerror(code))
-    line = str(caught.value)
-    assert "run/summary.json" in line and os.strerror(code) in line
-    assert "saved before is intact" in line and "--resume" in line and "\n" not in line
+def test_disk_errors_are_one_line_that_says_how_to_go_on(code, tmp_path):
+    def said(path):
+        with pytest.raises(UserError) as caught, files.disk_errors(path):
+            raise OSError(code, os.strerror(code))
+        line = str(caught.value)
+        assert line.startswith(f"cannot write {path}: {os.strerror(code)}; ") and "\n" not in line
+        return line
+
+    run, config = tmp_path / "my run", "config.yaml"
+    (tmp_path / config).touch()  # a user's own
+    fresh = said(run), said(run / "summary.json")
+    run.mkdir()
+    (run / ".lock").touch()
+    for line in (*fresh, said(run / config)):  # nothing to go on with
+        assert "--resume" not in line and "intact" not in line and line.endswith(("space", "quota", "(ulimit -f)", "folder"))
+    (run / config).touch()
+    going_on = f"go on with: fastppo train --resume '{run}'"
+    for path in (run, run / "summary.json", run / "checkpoints" / "1" / "model"):
+        assert "everything saved before is intact; " in said(path) and said(path).endswith(f", then {going_on}")
+    (tmp_path / "study.yaml").touch()
+    assert said(run / "summary.json").endswith(going_on)
+    (tmp_path / ".lock").touch()
+    assert said(run / "summary.json").endswith(f"go on with: fastppo study --resume {tmp_path}")
 
 
 def test_any_failure_of_the_disk_is_one_line_and_other_errors_pass(tmp_path):
-    with pytest.raises(UserError, match="No such file or directory.*choose another folder"), files.disk_errors(tmp_path):
+    with pytest.raises(UserError, match="No such file or directory; choose another place"), files.disk_errors(tmp_path):
         (tmp_path / "none").read_text()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "there")
     with pytest.raises(UserError, match="File exists"), files.lock_run(tmp_path / "link"):
@@ -170,7 +187,7 @@ for write in (lambda: files.write_text(run / "a", "x" * 2000), lambda: rows.appe
         print(error)
 """
     done = run_python(code, tmp_path)
-    assert done.stderr == "" and done.stdout.count("File too large; everything saved before is intact") == 2
+    assert done.stderr == "" and done.stdout.count("File too large; raise the limit on file sizes (ulimit -f)\n") == 2
     assert names(tmp_path) == ["a", "metrics.jsonl"]
     assert (tmp_path / "a").read_text() == "old"
     assert files.read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
