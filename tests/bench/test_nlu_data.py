@@ -1,0 +1,47 @@
+"""The data of the README's study: what is tested is in nothing that is trained on."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import nlu_data
+from fastppo.tasks import get_task, load_data
+
+SENTENCES = [
+    "a long and moving film about the last days of summer",
+    "the plot is thin and the jokes are older than the cast",
+    "nobody will remember this dull and loud sequel next year",
+]
+
+
+def test_a_test_sentence_is_whole_and_training_has_no_part_of_it() -> None:
+    texts = [*SENTENCES, "moving film", "the jokes", "dull", "a moving film", "film"]
+    phrases = {tuple(text.split()): "1" for text in texts}
+    for seed in range(6):
+        train, test = nlu_data.split_sst2(phrases, sentences=1, seed=seed)
+        assert " ".join(test[0]) in SENTENCES
+        assert not any(phrase in nlu_data.parts(test[0]) for phrase in train)
+        assert all(phrase in train for phrase in phrases if phrase not in nlu_data.parts(test[0]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
+    out = tmp_path_factory.mktemp("nlu")
+    nlu_data.make(shared_data, out, lambda _: None)
+    return out
+
+
+def test_the_text_has_no_test_sentence_and_both_tasks_load(made: Path, shared_data: Path) -> None:
+    lines = (made / "text.txt").read_text(encoding="utf-8").splitlines()
+    text = set(lines)
+    sst2 = load_data(get_task("sst2"), str(made / "data" / "sst2"))
+    assert (len(sst2.train), len(sst2.dev)) == (55_517, nlu_data.TEST_SENTENCES)
+    assert not text & {example.fields["sentence"] for example in sst2.dev}
+    assert text >= {example.fields["sentence"] for example in sst2.train}
+    cola = load_data(get_task("cola"), str(made / "data" / "cola"))
+    assert (len(cola.train), len(cola.dev)) == (8_551, 1_043)
+    stars = [line for line in lines if line.startswith("* ")]
+    pairs = [pair for path in sorted((shared_data / "blimp").glob("*.jsonl")) for pair in nlu_data.objects(path)]
+    assert {f"* {pair['sentence_bad']}" for pair in pairs} <= set(stars)  # the only lines that a judgement stands in
+    words = {line.removeprefix("* ") for line in stars}
+    assert not words & {example.fields["sentence"] for example in (*cola.train, *cola.dev)}
