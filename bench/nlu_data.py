@@ -6,9 +6,9 @@ DATA has a folder for each data set, with its own files: sst2, cola, blimp, mrpc
 OUT gets ``text.txt`` for ``python -m fastppo.builtin.pretrain --text``, one document a line, and ``data/sst2`` and
 ``data/cola`` for ``fastppo study --data``.
 
-The test sentences of SST-2 are 1,000 whole sentences of its train set, for its rows are phrases of parsed sentences: no row that
-is left for training, and no line of the text, is one of them or a part of one. CoLA keeps its own dev split. The text holds no
-label of either; BLiMP's unacceptable sentences stand in it behind an asterisk, as linguists write them.
+The rows of SST-2 are phrases of parsed sentences, so its test sentences are 1,000 whole sentences of its train set, and no row
+that is left for training is one of them or a part of one. CoLA keeps its own dev split. The text holds no label of either;
+BLiMP's unacceptable sentences stand in it behind an asterisk, as linguists write them.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def split_sst2(phrases: dict[Words, str], sentences: int = TEST_SENTENCES, seed:
 
 def sst2(data: Path, out: Path) -> list[str]:
     """Write the two splits; the train phrases."""
-    phrases = {tuple(text.split()): label for name in ("train", "dev") for text, label in rows(data / f"{name}.tsv", header=True)}
+    rated = (cells for name in ("train", "dev") for cells in rows(data / f"{name}.tsv", header=True))
+    phrases = {tuple(text.split()): label for text, label in rated}
     train, test = split_sst2(phrases)
     out.mkdir(parents=True)
     for name, chosen in (("train", train), ("dev", test)):
