@@ -451,13 +451,13 @@ class Trainer:
         ]
 
     def _record_samples(self, rollout: Rollout, rewards: list[float], chosen: list[int]) -> None:
-        """A few of the iteration's answers, for ``samples.jsonl``."""
+        """A few of the iteration's answers, for ``samples.jsonl``, as in ``answers/`` with the example's ``fields``."""
         k = self.config.ppo.samples
         for i in range(0, min(len(rewards), 4 * k), k):
             sample = rollout.samples[i]
             example = self.train.examples[chosen[sample.prompt]]
             self.tracker.samples(
-                [{"step": self.state.step + 1, **example.fields, "label": example.label, "answer": sample.text,
+                [{"step": self.state.step + 1, "fields": example.fields, "label": example.label, "answer": sample.text,
                   "finish": sample.finish, "reward": rewards[i]}]
             )  # fmt: skip
 

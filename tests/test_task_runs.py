@@ -82,7 +82,7 @@ def test_a_run_of_every_kind_of_task(world, tmp_path, name, template, changes):
         if step["step"] % 2 == 0:
             assert f"valid_{task.metrics[0]}" in step
     samples = lines(run / "samples.jsonl")
-    assert all(set(task.slots) <= set(row) for row in samples)
+    assert all(set(task.slots) == set(row["fields"]) for row in samples)
     row = evaluate_run(run, None, "dev", None, quiet_console())
     assert row == {key: value for key, value in summary["stages"]["ppo"].items() if key != "labels"}
 

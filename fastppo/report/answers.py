@@ -17,7 +17,6 @@ from fastppo.track import STAGES
 
 MOST_CLASSES, NARROW = 12, 4  # of a confusion matrix; of those that stand beside each other
 CARDS = 12
-OWN_KEYS = ("step", "label", "answer", "finish", "reward")  # of an object of samples.jsonl; the others are the example's fields
 
 Row = Mapping[str, Any]
 
@@ -134,8 +133,7 @@ def _card(key: str, by_stage: Mapping[str, Mapping[str, Row]], labels: Labels) -
 def _sample(row: Row, labels: Labels) -> Card:
     reward = row.get("reward")
     answer = Answer("sampled", _text(row), f"reward {number(reward)}" if is_number(reward) else "", None)
-    fields = {key: value for key, value in row.items() if key not in OWN_KEYS}
-    return Card(f"PPO iteration {row['step']}", fields, labels.right_answer(row.get("label")), [answer])
+    return Card(f"PPO iteration {row['step']}", as_dict(row.get("fields")), labels.right_answer(row.get("label")), [answer])
 
 
 def _text(row: Row) -> str:

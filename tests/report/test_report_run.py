@@ -125,7 +125,10 @@ def make_run(run, text="plain", labels=("unacceptable", "acceptable"), answers=N
     )
     write_lines(
         run / "samples.jsonl",
-        [{"step": n, "sentence": text, "label": 1, "answer": text, "finish": "eos", "reward": -2.0} for n in range(1, 9)],
+        [
+            {"step": n, "fields": {"sentence": text, "reward": "none"}, "label": 1, "answer": text, "reward": -2.0}
+            for n in range(1, 9)
+        ],
     )
     pairs = answers or [(1, 1)] * 4 + [(0, 0)] * 3 + [(1, 0), (0, 1), (1, None)]
     for stage in stages:
@@ -243,7 +246,7 @@ def test_answers_before_and_after_are_those_of_the_same_example(tmp_path):
     text = page_of(run).text
     card = "right answer yes (acceptable) zero-shot zero_shot ✗ malformed after SFT sft ✗ wrong after PPO plain ✓ right"
     assert text.count(card) == 12 and "dev:1 " in text and "dev:28 " in text  # spread over the data set
-    assert text.count("PPO iteration 1 sentence plain right answer yes (acceptable) sampled plain reward -2") == 1
+    assert text.count("PPO iteration 1 sentence plain reward none right answer yes (acceptable) sampled plain reward -2") == 1
 
 
 def test_the_page_is_the_same_every_time(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 
 from fastppo.errors import UserError
 from fastppo.tasks import TASKS, Example, get_task, get_task_to_train, load_data
-from fastppo.tasks.read import LABEL
 from fastppo.tasks.task import CLOSING, OPENING
 
 NAMES = sorted(TASKS)
@@ -186,8 +185,3 @@ def test_diagnostic_sets_are_not_trained_on():
                 get_task_to_train(name)
         else:
             assert get_task_to_train(name, "tagged") == TAGGED[name]
-
-
-def test_no_field_of_an_example_hides_what_is_recorded_of_a_sample():
-    for task in TASKS.values():
-        assert not {*task.slots} & {"step", LABEL, "answer", "finish", "reward"}
