@@ -229,5 +229,7 @@ def evaluate_run(
     load_adapter(model, adapter)
     encoded = encode(model, task, examples)
     row = with_interval(task, encoded, evaluate(model, task, encoded), config.seed)
+    if "parity" in task.metrics and "parity" not in row:
+        console.print("no gender parity: no two of these examples differ in the gender of a pronoun alone", soft_wrap=True)
     console.print(Text(f"{dataset.name} {split}: {shown(row)}  n {row['n']}"), soft_wrap=True)
     return row

@@ -196,7 +196,11 @@ def test_a_diagnostic_set_judges_a_run_of_another_task(world, tmp_path):
     code, _, err = call(["train", "--task", "axb", "--data", str(path)], tmp_path)
     assert code == 2 and err.startswith("fastppo: error: task axb is a diagnostic set without a train split: train on rte")
     code, out, err = call(["eval", str(run), "--task", "axg", "--data", str(path)], tmp_path)
-    assert code == 0 and "gender parity" in out, err
+    assert code == 0 and "gender parity 0" in out and "no gender parity" not in out, err
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    code, out, err = call(["eval", str(run), "--task", "axg", "--data", str(path)], tmp_path)
+    assert code == 0 and "no gender parity: no two of these examples differ in the gender of a pronoun alone\n" in out, err
+    assert "gender parity 0" not in out and "accuracy" in out and "n 8" in out
 
 
 def test_examples_keep_their_group_in_evaluation():

@@ -37,7 +37,7 @@ class Metric(NamedTuple):
 
 
 def score(names: Sequence[str], answers: Answers) -> dict[str, float]:
-    """The metrics of these names, in this order; without those of sections of the dev set that the answers lack."""
+    """The metrics of these names, in this order; without those of sections or of pairs that the answers lack."""
     return {name: METRICS[name].value(answers) for name in _present(names, answers)}
 
 
@@ -50,7 +50,10 @@ def intervals(names: Sequence[str], answers: Answers, seed: int) -> dict[str, tu
 
 
 def _present(names: Sequence[str], answers: Answers) -> list[str]:
-    return [name for name in names if name not in SECTIONS or SECTIONS[name] in answers.groups]
+    return [
+        name for name in names
+        if (name not in SECTIONS or SECTIONS[name] in answers.groups) and (name != "parity" or _parities(answers))
+    ]  # fmt: skip
 
 
 # -- classes, row by row -----------------------------------------------------------------------------------------------
@@ -224,10 +227,9 @@ def _overlap_f1(found: str, gold: str) -> float:
 def gender_parity(answers: Answers) -> float:
     """Fraction of sentence pairs (groups of two rows and more) whose answers agree (Wang et al. 2019, SuperGLUE, section 3.3).
 
-    A pair with a malformed answer does not agree. 0 where there is no pair.
+    A pair with a malformed answer does not agree. There must be a pair.
     """
-    pairs = _parities(answers)
-    return float(np.mean([same for same, _ in pairs])) if pairs else 0.0
+    return float(np.mean([same for same, _ in _parities(answers)]))
 
 
 def _parities(answers: Answers) -> list[list[float]]:
@@ -254,8 +256,6 @@ OfSums = Callable[[np.ndarray], np.ndarray]
 def _sums_interval(units: Units, of_sums: OfSums, answers: Answers, seed: int) -> tuple[float, float]:
     """Units are drawn with replacement: equal ones together, as their counts are multinomial."""
     rows_UK = np.array(units(answers), dtype=np.float64)
-    if not len(rows_UK):
-        return 0.0, 0.0
     kinds_CK, counts_C = np.unique(rows_UK, axis=0, return_counts=True)
     drawn_BC = np.random.default_rng(seed).multinomial(len(rows_UK), counts_C / len(rows_UK), size=RESAMPLES)
     return _percentiles(of_sums(drawn_BC @ kinds_CK), LEVEL)

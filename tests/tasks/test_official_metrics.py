@@ -138,7 +138,7 @@ def test_gender_parity_is_agreement_within_pairs(rows):
     pairs = [[p for p, g in zip(said, groups, strict=True) if g == name] for name in set(groups)]
     pairs = [pair for pair in pairs if len(pair) > 1]
     agree = [len(set(pair)) == 1 and None not in pair for pair in pairs]
-    assert found["parity"] == pytest.approx(sum(agree) / len(agree) if agree else 0)
+    assert found.get("parity") == (pytest.approx(sum(agree) / len(agree)) if agree else None)  # nothing is said of no pairs
     assert found["accuracy"] == said.count(0) / len(said)
 
 
