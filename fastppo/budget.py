@@ -94,16 +94,17 @@ class Device:
 class Sizes:
     """What is counted of a model with the policy's adapter on it.
 
-    base: bytes of its weights. linear: weights of its linear layers but the head. adapter: parameters of an adapter. vocab,
-    hidden: of the head. layer: None where the trunk is not of Llama's shape. outputs: of all linear layers, entries a token.
-    cache: entries of keys and values a token. head_dim: of keys. positions: the most that it knows, if it says so. itemsize:
-    bytes of its numbers. blocks: whether it can be computed again block by block. windowed: whether a layer's attention has a
-    window.
+    base: bytes of its weights. linear: weights of its linear layers but the head. adapter: parameters of an adapter, and
+    factored: rows and columns of its matrices. vocab, hidden: of the head. layer: None where the trunk is not of Llama's shape.
+    outputs: of all linear layers, entries a token. cache: entries of keys and values a token. head_dim: of keys. positions: the
+    most that it knows, if it says so. itemsize: bytes of its numbers. blocks: whether it can be computed again block by block.
+    windowed: whether a layer's attention has a window.
     """
 
     base: int
     linear: int
     adapter: int
+    factored: int
     vocab: int
     hidden: int
     layers: int
@@ -135,6 +136,7 @@ def sizes_of(peft: PeftModel, *, llama: bool, nf4: bool = False) -> Sizes:
         base=base + (int(weights * NF4_BYTES) if nf4 else 0),
         linear=weights,
         adapter=sum(p.numel() for p in adapter_tensors(peft, POLICY).values()),
+        factored=sum(sum(p.shape) for p in adapter_tensors(peft, POLICY).values()),
         vocab=head.weight.shape[0],
         hidden=head.weight.shape[1],
         layers=layers,
@@ -282,7 +284,11 @@ class Budget:
         own = " and an adapter of its own" if self._adapters > 1 else ""
         yield Part("critic", "always", 4 * (trained - sizes.adapter), f"a linear head{own}")
         yield Part("gradients", "always", 4 * trained, f"fp32, of {trained:,} trained parameters")
-        yield Part("optimizer", "always", 8 * trained, "AdamW: two fp32 moments a trained parameter")
+        if config.ppo.optimizer == "adamw" or config.sft.examples:
+            yield Part("optimizer", "always", 8 * trained, "AdamW: two fp32 moments a trained parameter")
+        else:
+            averages = 4 * (self._adapters * sizes.factored + sizes.hidden + 2)  # of the head's one row, its columns, its bias
+            yield Part("optimizer", "always", averages, "Adafactor: an fp32 average a row and a column of each matrix")
 
     def sampling(self, tokens: int) -> Iterator[Part]:
         """What is there while the sampler runs. tokens: of a micro-batch, in which prompts are prefilled too."""

@@ -102,8 +102,14 @@ class PpoConfig:
     samples: int = _setting(4, "samples per prompt", f"{NPLUS}: 512 samples per update", low=1)
     epochs: int = _setting(2, "passes over each iteration's samples", f"{NPLUS}: few epochs on a large batch", low=1)
     minibatches: int = _setting(2, "optimizer steps per pass", f"{PPO}, algorithm 1", low=1)
+    optimizer: str = _setting(
+        "adamw",
+        "optimizer of PPO (SFT has AdamW); adafactor: averages of rows and columns for Adam's moments, clipped updates",
+        f"{NPLUS}: Adam; adafactor: Shazeer & Stern 2018 (arXiv 1804.04235), algorithms 4 and 5, without relative steps",
+        choices=("adamw", "adafactor"),
+    )
     lr: float = _setting(
-        1e-3, "learning rate of AdamW; 0.00003 where --model is given", f"{OURS}: tuned on the built-in model; {LORA_LR}",
+        1e-3, "learning rate; 0.00003 where --model is given", f"{OURS}: tuned on the built-in model; {LORA_LR}",
         above=0, high=1,
     )  # fmt: skip
     schedule: str = _setting(

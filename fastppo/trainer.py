@@ -413,11 +413,13 @@ class Trainer:
         self.model.load_state(saved.model)
         self.model.most_tokens, self.model.most_slots = self.state.most_tokens, self.state.most_slots
         self.best = saved.best
+        self._new_optimizer()
         optim.load_optimizer_state(self.optimizer, saved.optimizer)
 
     def _new_optimizer(self) -> None:
         """Each stage has its own moments; the learning rate is set step by step."""
-        self.optimizer = optim.make_optimizer(self.model.trainable(), 0.0, self.config.ppo.adam_eps)
+        kind = "adamw" if self.state.stage == "sft" and self.config.sft.examples else self.config.ppo.optimizer
+        self.optimizer = optim.make_optimizer(self.model.trainable(), 0.0, self.config.ppo.adam_eps, kind)
 
     def _check_gap(self, estimates: Estimates) -> None:
         gap = estimates.sampler_gap

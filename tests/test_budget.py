@@ -55,8 +55,21 @@ def test_what_is_there_all_the_time_is_what_a_loaded_model_has(kind, dtype):
     for parameter in model.trainable():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    moments = [tensor for name, tensor in optimizer_state(optimizer).items() if not name.endswith("step")]
-    assert parts["optimizer"] == bytes_of(moments)
+    assert parts["optimizer"] == bytes_of_state(optimizer)
+
+
+def bytes_of_state(optimizer) -> int:
+    return bytes_of(tensor for name, tensor in optimizer_state(optimizer).items() if not name.endswith("step"))
+
+
+@pytest.mark.parametrize("trunk", ["shared", "own"])
+def test_adafactor_has_rows_and_columns_but_sft_has_moments(trunk):
+    changes = {"value__trunk": trunk, "ppo__optimizer": "adafactor"}
+    model = make_model("llama", **changes)
+    factored = make_optimizer(model.trainable(), 1e-3, 1e-5, "adafactor")
+    assert parts_of(make_config("llama", **changes, sft__examples=0))["optimizer"] == bytes_of_state(factored)
+    moments = make_optimizer(model.trainable(), 1e-3, 1e-5)
+    assert parts_of(make_config("llama", **changes))["optimizer"] == bytes_of_state(moments)
 
 
 def test_only_what_a_run_has_is_counted():
@@ -150,8 +163,9 @@ RANKS = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 16)
 # Llama 3 8B in bfloat16.
 LAYER = Layer(hidden=4096, inner=14336, heads=32, kv_heads=8, head_dim=128, ranks=RANKS)
 EIGHT = budget.Sizes(
-    base=16_060_522_496, linear=6_979_321_856, adapter=41_943_040, vocab=128256, hidden=4096, layers=32, layer=LAYER,
-    outputs=32 * (4096 * 3 + 2 * 1024 + 2 * 14336), cache=2 * 32 * 1024, head_dim=128, positions=8192, itemsize=2, blocks=True,
+    base=16_060_522_496, linear=6_979_321_856, adapter=41_943_040, factored=2_628_608, vocab=128256, hidden=4096, layers=32,
+    layer=LAYER, outputs=32 * (4096 * 3 + 2 * 1024 + 2 * 14336), cache=2 * 32 * 1024, head_dim=128, positions=8192, itemsize=2,
+    blocks=True,
 )  # fmt: skip
 SHORT = Config(max_prompt_tokens=128, sample=SampleConfig(slots=64))
 

@@ -88,7 +88,8 @@ def test_adapter_is_replaced_whole_and_its_settings_have_one_order(tmp_path):
     assert isinstance(settings.target_modules, set) and leftovers(tmp_path) == []
 
 
-def test_optimizer_goes_on_to_the_same_bits():
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_optimizer_goes_on_to_the_same_bits(kind):
     def steps(parameters, optimizer, range_):
         for step in range_:
             optim.set_lr(optimizer, 0.1 / (1 + step))
@@ -99,7 +100,7 @@ def test_optimizer_goes_on_to_the_same_bits():
 
     def fresh():
         parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 7)), torch.nn.Parameter(torch.ones(2, 2))]
-        return parameters, optim.make_optimizer(parameters, 0.0, 1e-5)
+        return parameters, optim.make_optimizer(parameters, 0.0, 1e-5, kind)
 
     unbroken, optimizer = fresh()
     steps(unbroken, optimizer, range(6))

@@ -223,7 +223,7 @@ def test_version_and_help(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for setting in SETTINGS.values():
         assert setting.flag in text
-    rate = "learning rate of AdamW; 0.00003 where --model is given (default: 0.001)"
+    rate = "learning rate; 0.00003 where --model is given (default: 0.001)"
     for part in ("ppo: Proximal policy", rate, "{linear,cosine,constant}"):
         assert part in text
 

@@ -30,7 +30,7 @@ FROZEN = {
     "lora": "rank alpha targets rslora",
     "value": "trunk warmup coef clip",
     "sft": "examples epochs lr batch_size warmup",
-    "ppo": "iterations prompts samples epochs minibatches lr schedule warmup clip gamma lam kl_coef kl_estimator "
+    "ppo": "iterations prompts samples epochs minibatches optimizer lr schedule warmup clip gamma lam kl_coef kl_estimator "
     "kl_target entropy_coef whiten target_kl max_grad_norm adam_eps reference old_logprobs",
     "sample": "temperature top_k top_p max_new_tokens stop constrained slots gap_limit",
     "reward": "preset correct wrong malformed",

@@ -112,9 +112,10 @@ def test_killed_again_and_again(world, tmp_path, unbroken):
     assert_goes_on(run, tmp_path, unbroken)
 
 
-def test_killed_with_an_own_value_adapter_warm_up_and_adaptive_kl(world, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_killed_with_an_own_value_adapter_warm_up_and_adaptive_kl(world, tmp_path, optimizer):
     """What else a checkpoint must hold: two adapters, a critic ahead of the policy, a coefficient that moves."""
-    changes = {"value__trunk": "own", "value__warmup": 2, "ppo__kl_target": 0.01}
+    changes = {"value__trunk": "own", "value__warmup": 2, "ppo__kl_target": 0.01, "ppo__optimizer": optimizer}
     assert call(world.argv(tmp_path / "a", **changes), tmp_path)[0] == 0
     run = tmp_path / "b"
     for argv, count in ((world.argv(run, **changes), 2), (["train", "--resume", str(run)], 3)):

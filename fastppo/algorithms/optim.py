@@ -7,9 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastppo.algorithms.adafactor import Adafactor
 
-def make_optimizer(parameters: list[nn.Parameter], lr: float, eps: float) -> torch.optim.AdamW:
-    """AdamW without weight decay: adapters start at zero effect and need no pull towards it."""
+
+def make_optimizer(parameters: list[nn.Parameter], lr: float, eps: float, kind: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW (``eps`` is its) or ``adafactor``, without weight decay: adapters start at zero effect, need no pull towards it."""
+    if kind == "adafactor":
+        return Adafactor(parameters, lr)
     # Fused: all parameters in one launch, no temporaries, no word from the host.
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0, fused=True)
     # Its memory is taken now rather than in the first step, which could not be done again if there were none left.
@@ -36,7 +40,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counts by ``place/name``; parameters that never got a gradient have none."""
+    """Moments and step counts by ``place/name``."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         f"{i}/{name}": value.detach().cpu().contiguous().clone()
@@ -49,5 +53,4 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         place, name = key.split("/")
-        parameter = parameters[int(place)]
-        optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
+        optimizer.state[parameters[int(place)]][name].copy_(value)  # to where it lies: a count may be the host's

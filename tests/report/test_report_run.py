@@ -165,7 +165,7 @@ def test_every_setting_is_there_with_its_help_and_the_changed_ones_come_first(tm
     for key, setting in SETTINGS.items():
         assert f"{key} " in text and setting.rule.help in text, key
     changed, same = text.split("settings with their defaults")
-    assert "ppo.lr 0.002 learning rate of AdamW; 0.00003 where --model is given; default: 0.001" in changed
+    assert "ppo.lr 0.002 learning rate; 0.00003 where --model is given; default: 0.001" in changed
     assert "seed 7 " in changed and "sft.lr" not in changed and f"{len(SETTINGS) - 2} " == changed[-3:]
     assert "sft.lr 0.001 " in same and "ppo.lr" not in same
 
