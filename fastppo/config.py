@@ -273,7 +273,7 @@ def check(config: Config, name: Callable[[str], str] = str) -> None:
             proper = False
         if not proper:
             raise UserError(f"{name(key)}: {_shown(leaf)} is not allowed; expected {setting.allowed}")
-    ppo, value = config.ppo, config.value
+    ppo, value, sample = config.ppo, config.value, config.sample
     if ppo.minibatches > ppo.prompts:
         raise UserError(
             f"{name('ppo.minibatches')}: {ppo.minibatches} is not allowed; expected at most "
@@ -283,6 +283,11 @@ def check(config: Config, name: Callable[[str], str] = str) -> None:
         raise UserError(
             f"{name('value.warmup')}: {value.warmup} is not allowed; expected less than "
             f"{name('ppo.iterations')} ({ppo.iterations}), or the policy is never trained"
+        )
+    if sample.max_new_tokens_from is not None and sample.max_new_tokens_from > sample.max_new_tokens:
+        raise UserError(
+            f"{name('sample.max_new_tokens_from')}: {sample.max_new_tokens_from} is not allowed; expected at most "
+            f"{name('sample.max_new_tokens')} ({sample.max_new_tokens})"
         )
     if ppo.kl_target is not None and ppo.kl_coef == 0:
         raise UserError(

@@ -89,10 +89,11 @@ def allowed_answers(model: ActorCritic, task: Task, data: LabelledPrompts) -> To
             f"--sample-constrained: the tokenizer of {model.base.name!r} cannot spell the answers: {error}"
         ) from None
     longest = answers.longest - bool(task.closing)  # the closing tag ends an answer before its end token is drawn
-    if longest > model.config.sample.max_new_tokens:
+    flag, given = _fewest_tokens(model)
+    if longest > given:
         raise UserError(
-            f"--sample-max-new-tokens: {model.config.sample.max_new_tokens} is too few for --sample-constrained; expected at "
-            f"least {longest}, the longest answer{'' if task.closing else ' and its end token'}"
+            f"{flag}: {given} is too few for --sample-constrained; expected at least {longest}, the longest answer"
+            f"{'' if task.closing else ' and its end token'}"
         )
     return answers
 
@@ -105,14 +106,22 @@ def spell_answers(model: ActorCritic, task: Task, data: LabelledPrompts, labels:
 
 def check_room(model: ActorCritic, task: Task, data: LabelledPrompts) -> None:
     """Raises UserError where ``--sample-max-new-tokens`` is too few for the answers of the data."""
-    given = model.config.sample.max_new_tokens
     if not len(data):
         return
+    flag, given = _fewest_tokens(model)
     needed = max(len(tokens) - 1 for tokens in spell_answers(model, task, data, sorted(set(data.labels))))
     if needed > given:
         raise UserError(
-            f"--sample-max-new-tokens: {given} is too few for the answers of task {task.name}; expected at least {needed}"
+            f"{flag}: {given} is too few for the answers of task {task.name}; expected at least {needed}"
         )
+
+
+def _fewest_tokens(model: ActorCritic) -> tuple[str, int]:
+    """The flag that says how long every answer may be, and what it says."""
+    sample = model.config.sample
+    if sample.max_new_tokens_from is None:
+        return "--sample-max-new-tokens", sample.max_new_tokens
+    return "--sample-max-new-tokens-from", sample.max_new_tokens_from
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,12 @@ class SampleConfig:
     top_k: int = _setting(0, "sample among the k most likely tokens (0: all)", low=0)
     top_p: float = _setting(1.0, "sample among the fewest tokens with this probability (1: all)", above=0, high=1)
     max_new_tokens: int = _setting(4, "longest answer, in tokens", low=1)
+    max_new_tokens_from: int | None = _setting(
+        None,
+        "draw the longest answer of each PPO iteration evenly from this to max_new_tokens (none: max_new_tokens)",
+        "Somayajula et al. 2025 (arXiv 2410.11020), released code: 12 to 31",
+        low=1,
+    )
     stop: tuple[str, ...] = _setting(
         (), r'text that ends an answer; \n is a newline; several as a JSON list, ["a", "b"]'
     )

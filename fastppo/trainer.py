@@ -46,7 +46,7 @@ from fastppo.tasks.task import BUILT_IN
 from fastppo.track import Tracker
 
 # Streams of randomness, each drawn from (seed, stream, step): no generator state to save, nothing to drift on resuming.
-SPLIT, SFT_ORDER, PPO_ORDER, PPO_UPDATE = range(4)
+SPLIT, SFT_ORDER, PPO_ORDER, PPO_UPDATE, PPO_LENGTH = range(5)
 
 PPO_PHASES = ("sample", "score", "estimate", "update")  # of ``seconds``: what samples_per_s counts
 
@@ -117,7 +117,7 @@ def ppo_iteration(
     """
     with timed("sample"):
         rollout = generate(
-            model, prompts, config.ppo.samples, Sampling.of(config),
+            model, prompts, config.ppo.samples, Sampling.drawn(config, _rng(config, PPO_LENGTH, step)),
             seed=config.seed, first_id=step * len(prompts) * config.ppo.samples,
             answers=answers, finished=finished,
         )  # fmt: skip

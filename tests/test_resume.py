@@ -112,10 +112,14 @@ def test_killed_again_and_again(world, tmp_path, unbroken):
     assert_goes_on(run, tmp_path, unbroken)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_killed_with_an_own_value_adapter_warm_up_and_adaptive_kl(world, tmp_path, optimizer):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"ppo__optimizer": "adafactor", "sample__max_new_tokens_from": 3, "sample__max_new_tokens": 6}],
+    ids=["AdamW", "Adafactor and random lengths"],
+)
+def test_killed_with_an_own_value_adapter_warm_up_and_adaptive_kl(world, tmp_path, more):
     """What else a checkpoint must hold: two adapters, a critic ahead of the policy, a coefficient that moves."""
-    changes = {"value__trunk": "own", "value__warmup": 2, "ppo__kl_target": 0.01, "ppo__optimizer": optimizer}
+    changes = {"value__trunk": "own", "value__warmup": 2, "ppo__kl_target": 0.01, **more}
     assert call(world.argv(tmp_path / "a", **changes), tmp_path)[0] == 0
     run = tmp_path / "b"
     for argv, count in ((world.argv(run, **changes), 2), (["train", "--resume", str(run)], 3)):

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -41,6 +42,13 @@ class Sampling:
         s = config.sample
         closing = CLOSING if config.template == "tagged" else ""
         return Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, s.stop, s.slots, closing)
+
+    @staticmethod
+    def drawn(config: Config, rng: np.random.Generator) -> Sampling:
+        """For one PPO iteration, whose longest answer ``sample.max_new_tokens_from`` lets ``rng`` draw."""
+        fewest, most = config.sample.max_new_tokens_from, config.sample.max_new_tokens
+        longest = most if fewest is None else int(rng.integers(fewest, most, endpoint=True))
+        return replace(Sampling.of(config), max_new_tokens=longest)
 
     @staticmethod
     def greedy(config: Config) -> Sampling:
