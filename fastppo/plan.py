@@ -34,13 +34,14 @@ WHEN = {
 
 @dataclass(frozen=True)
 class Plan:
-    """parts: what is counted. total: bytes, of all that is there all the time or held by CUDA graphs, and the larger of update
-    and sampling."""
+    """unread: why prompts are not known, and counted as long as the settings allow; "" where the data was read. parts: what is
+    counted. total: bytes, of all that is there all the time or held by CUDA graphs, and the larger of update and sampling."""
 
     model: str
     device: Device
     dtype: str
     prompts: Prompts
+    unread: str
     parts: tuple[Part, ...]
     choice: Choice
 
@@ -80,10 +81,12 @@ def make_plan(config: Config, device: Device) -> Plan:
     quantised = config.dtype == "nf4" or (isinstance(stored, dict) and bool(stored.get("load_in_4bit")))
     llama = LlamaTrunk.suits(model.base_model)
     sizes = budget.sizes_of(add_policy(model, config), llama=llama, nf4=quantised)
-    prompts, unknown = read_prompts(config, sizes)
+    prompts, unread = read_prompts(config, sizes)
     counted = Budget(sizes, config, device, prompts)
     choice = counted.choose()
-    choice = replace(choice, notices=(*unknown, *choice.notices))
+    if unread:
+        each = f"each is counted with {prompts.longest:,} tokens (--max-prompt-tokens)"
+        choice = replace(choice, notices=(f"prompts are not known ({unread}): {each}", *choice.notices))
     update = counted.update(choice.tokens, choice.activations)
     parts = [*counted.fixed(), *update, *counted.sampling(choice.tokens)]
     if choice.graphs:
@@ -92,11 +95,11 @@ def make_plan(config: Config, device: Device) -> Plan:
         how = "context, loaded kernels, gaps between the allocator's blocks"
         parts.append(Part("CUDA", "device", device.memory - device.usable, how))
     numbers = ("nf4, computed in " if quantised else "") + str(dtype).removeprefix("torch.")
-    return Plan(shown, device, numbers, prompts, tuple(parts), choice)
+    return Plan(shown, device, numbers, prompts, unread, tuple(parts), choice)
 
 
-def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, tuple[str, ...]]:
-    """(what is known of the run's prompts, a line on why that is only what the settings allow).
+def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, str]:
+    """(what is known of the run's prompts, why that is only what the settings allow: "" where their data was read).
 
     Of data on this disk, by the model's tokenizer; nothing is downloaded for it but that.
 
@@ -108,19 +111,18 @@ def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, tuple[str, ...]
     given = config.data or task.data
     on_disk = given is None or given == BUILT_IN or os.path.exists(os.path.expanduser(given))
     if not on_disk and not looks_like_path(str(given)):
-        why = f"data {given!r} is not on this disk"
+        why = f"data {given!r} is not on this disk; on the hub it was not looked for"
     else:
         try:
             tokenizer = load_tokenizer(*source_of(config), config.trust_remote_code)
         except UserError:
             why = "its tokenizer cannot be loaded"
     if why:
-        each = f"each is counted with {allowed.longest:,} tokens (--max-prompt-tokens)"
-        return allowed, (f"prompts are not known ({why}): {each}",)
+        return allowed, why
     data = load_data(task, config.data, config.seed)
     name = "--max-prompt-tokens, and what the model's positions leave"
     examples = [*data.train, *data.dev]
-    return Prompts.of(encode_prompts(tokenizer, task, examples, limit=allowed.longest, limit_name=name)), ()
+    return Prompts.of(encode_prompts(tokenizer, task, examples, limit=allowed.longest, limit_name=name)), ""
 
 
 def shapes(config: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
@@ -152,6 +154,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "model": plan.model,
         "device": {"name": plan.device.name, "kind": plan.device.kind, "memory": plan.device.memory},
         "dtype": plan.dtype,
+        "data_read": not plan.unread,
         "prompts": plan.prompts._asdict(),
         "fits": not plan.choice.too_much,
         "micro_batch_tokens": plan.choice.tokens,
@@ -164,7 +167,8 @@ def as_json(plan: Plan) -> dict[str, object]:
 
 def show(plan: Plan, console: rich.console.Console) -> None:
     where = f"{plan.device.name} with {budget.size(plan.device.memory)}"
-    console.print(Text(printable(f"{plan.model}, {plan.dtype}, on {where}")), soft_wrap=True)
+    unread = "; the data was not read" if plan.unread else ""
+    console.print(Text(printable(f"{plan.model}, {plan.dtype}, on {where}{unread}")), soft_wrap=True)
     longest, shared, mean = plan.prompts
     of_data = "" if mean is None else f", {mean:,.0f} in the mean, of which all share {shared:,}"
     console.print(Text(f"prompts of up to {longest:,} tokens{of_data}"), soft_wrap=True)
@@ -184,4 +188,4 @@ def show(plan: Plan, console: rich.console.Console) -> None:
     for line in (*choice.notices, *choice.too_much):
         console.print(Text(printable(line)), soft_wrap=True)
     does, style = ("it does not fit", "bold red") if choice.too_much else ("it fits", "green")
-    console.print(Text(does, style=style))
+    console.print(Text(does + (", with the longest prompts that the settings allow" if plan.unread else ""), style=style))

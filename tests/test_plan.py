@@ -137,6 +137,18 @@ def test_data_that_is_not_here_is_not_fetched(world: World, capsys):
     argv = ["--model", str(world.model), "--gpu", "l4", "--json", "--data", "nyu-mll/glue:cola"]
     found = json.loads(planned(capsys, world, *argv)[1])
     assert found["prompts"]["mean"] is None and "'nyu-mll/glue:cola' is not on this disk" in found["notices"][0]
+    assert found["data_read"] is False and found["fits"] is True
+
+
+def test_the_first_line_says_whether_the_data_was_read(world: World, capsys):
+    argv = ["plan", "--model", str(world.model), "--gpu", "l4", "--data"]
+    for data, read in ((str(world.data), True), ("nosuch", False)):
+        assert cli.main([*argv, data]) == 0
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first.endswith("; the data was not read") != read and last.startswith("it fits")
+        assert last.endswith("it fits, with the longest prompts that the settings allow") != read
+        assert cli.main([*argv, data, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["data_read"] is read
 
 
 def test_a_base_in_4_bits_needs_no_library_to_be_counted(world: World, capsys, monkeypatch):
