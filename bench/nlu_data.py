@@ -2,13 +2,13 @@
 
     python -m bench.nlu_data DATA OUT
 
-DATA has a folder for each data set, with its own files: sst2, cola, blimp, mrpc, stsb, qqp, wnli, rte, cb, boolq, copa, gsm8k.
+DATA has a folder for each data set, with its own files: sst2, cola, blimp, mrpc, stsb, qqp, wnli, rte, cb, boolq, copa.
 OUT gets ``text.txt`` for ``python -m fastppo.builtin.pretrain --text``, one document a line, and ``data/sst2`` and
 ``data/cola`` for ``fastppo study --data``.
 
 The rows of SST-2 are phrases of parsed sentences, so its test sentences are 1,000 whole sentences of its train set, and no row
 that is left for training is one of them or a part of one. CoLA keeps its own dev split. The text holds no label of either;
-BLiMP's unacceptable sentences stand in it behind an asterisk, as linguists write them.
+behind BLiMP's sentences stand the marks of linguists, an asterisk where a sentence is unacceptable.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 Words = tuple[str, ...]
+ACCEPTABLE, STARRED = "OK", "*"
 TEST_SENTENCES, SHORTEST = 1000, 8  # of SST-2: how many, and the fewest words of one
 
 
@@ -71,8 +72,8 @@ def documents(data: Path) -> Iterator[str]:
             yield cells[3]
     for path in sorted((data / "blimp").glob("*.jsonl")):
         for pair in objects(path):
-            yield pair["sentence_good"]
-            yield f"* {pair['sentence_bad']}"
+            yield f"{pair['sentence_good']} {ACCEPTABLE}"
+            yield f"{pair['sentence_bad']} {STARRED}"
     for name, header, columns in (
         ("mrpc/train.tsv", True, (3, 4)), ("stsb/train.tsv", True, (7, 8)), ("qqp/new_dev.tsv", False, (3, 4)),
         ("wnli/train.tsv", True, (1, 2)),
@@ -82,7 +83,7 @@ def documents(data: Path) -> Iterator[str]:
                 yield from (cells[column] for column in columns)
     for name, fields in (
         ("rte", ("premise", "hypothesis")), ("cb", ("premise", "hypothesis")), ("boolq", ("passage", "question")),
-        ("copa", ("premise", "choice1", "choice2")), ("gsm8k", ("question",)),
+        ("copa", ("premise", "choice1", "choice2")),
     ):  # fmt: skip
         for row in objects(data / name / "train.jsonl"):
             yield from (row[field] for field in fields)
