@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastppo import config as config_module
 from fastppo import files
-from fastppo.batch.encode import encode_answer, encode_prompts
+from fastppo.batch.encode import encode_answer, encode_prompts, prompt_limit
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.model.actor_critic import POLICY, ActorCritic
@@ -48,24 +48,14 @@ class LabelledPrompts:
 
 def encode(model: ActorCritic, task: Task, examples: list[Example]) -> LabelledPrompts:
     """Tokenise; a prompt that leaves no room for its answer is the user's to know of."""
-    limit, name = model.config.max_prompt_tokens, "--max-prompt-tokens"
     positions = getattr(model.base.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions - model.config.sample.max_new_tokens < limit:
-        limit, name = (
-            positions - model.config.sample.max_new_tokens,
-            "the model's positions less --sample-max-new-tokens",
-        )
-    if limit < 1:
-        raise UserError(
-            f"--sample-max-new-tokens: {model.config.sample.max_new_tokens} leaves no room for a prompt in the model's "
-            f"{positions} positions"
-        )
+    limit, name = prompt_limit(model.config, positions)
     prompts = encode_prompts(model.base.tokenizer, task, examples, limit=limit, limit_name=name)
     rows = model.base.model.get_input_embeddings().weight.shape[0]
     for example, prompt in zip(examples, prompts, strict=True):
         if max(prompt) >= rows:
             raise UserError(
-                f"model {model.base.name!r}: its tokenizer gives token {max(prompt)} ({example.origin}), its embedding has "
+                f"model {model.base.name!r}: its tokenizer gives token {max(prompt)} ({example.where}), its embedding has "
                 f"{rows} rows: they do not belong together"
             )
     return LabelledPrompts(examples, prompts)

@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fastppo import budget
-from fastppo.batch.encode import encode_prompts
+from fastppo.batch.encode import encode_prompts, prompt_limit
 from fastppo.budget import Budget, Choice, Device, Part, Prompts, Sizes
 from fastppo.config import Config
 from fastppo.errors import UserError, printable
@@ -120,9 +120,9 @@ def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, str]:
     if why:
         return allowed, why
     data = load_data(task, config.data, config.seed)
-    name = "--max-prompt-tokens, and what the model's positions leave"
+    limit, name = prompt_limit(config, sizes.positions)
     examples = [*data.train, *data.dev]
-    return Prompts.of(encode_prompts(tokenizer, task, examples, limit=allowed.longest, limit_name=name)), ""
+    return Prompts.of(encode_prompts(tokenizer, task, examples, limit=limit, limit_name=name)), ""
 
 
 def shapes(config: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:

@@ -46,7 +46,7 @@ ROWS = "src\t1\t\tThe cat sees a dog.\nsrc\t0\t\tThe cat sees a dog no.\n" * 10
         (ROWS + "src\t2\t\tThe cat.\n", "train.tsv:21: label '2'"),
         (ROWS + "src\t\t\tThe cat.\n", "train.tsv:21: label"),
         (ROWS + "src\t1\t\t \n", "train.tsv:21: sentence is empty"),
-        (ROWS + "src\t1\t\t" + "The cat sees a dog. " * 100 + "\n", "train.tsv:21: its prompt has"),
+        (ROWS + "src\t1\t\t" + "The cat sees a dog. " * 100 + "\n", "data/train.tsv:21: its prompt has"),
         ("", "train.tsv: empty"),
         (None, "no train split"),
     ],
@@ -69,7 +69,8 @@ def test_data_folder_that_is_missing_or_empty_or_a_name_of_nothing(world, tmp_pa
 
 
 def test_prompt_longer_than_the_setting_allows_names_its_row(world, tmp_path):
-    refused(world.argv(Path("run"), max_prompt_tokens=20), tmp_path, "tsv:", "expected at most 20 (--max-prompt-tokens)")
+    expected = "expected at most 20 (--max-prompt-tokens; this model allows up to 509)"
+    refused(world.argv(Path("run"), max_prompt_tokens=20), tmp_path, "tsv:", expected)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

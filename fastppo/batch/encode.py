@@ -6,8 +6,26 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.tasks import Example, Task
+
+
+def prompt_limit(config: Config, positions: int | None) -> tuple[int, str]:
+    """(most tokens that a prompt may have, what says so and the way out). positions: the model's; None: not known.
+
+    Raises:
+        UserError: ``--sample-max-new-tokens`` leaves none.
+    """
+    new, given = config.sample.max_new_tokens, config.max_prompt_tokens
+    if positions is None or positions - new > given:
+        return given, "--max-prompt-tokens" + ("" if positions is None else f"; this model allows up to {positions - new}")
+    if positions - new < 1:
+        raise UserError(f"--sample-max-new-tokens: {new} leaves no room for a prompt in the model's {positions} positions")
+    return positions - new, (
+        f"the model's {positions} positions less --sample-max-new-tokens {new}; longer prompts need another --model, with more "
+        "positions"
+    )
 
 
 def encode_prompts(
@@ -27,7 +45,7 @@ def encode_prompts(
             ids.pop()
         if len(ids) > limit:
             raise UserError(
-                f"{example.origin}: its prompt has {len(ids)} tokens; expected at most {limit} ({limit_name})"
+                f"{example.where}: its prompt has {len(ids)} tokens; expected at most {limit} ({limit_name})"
             )
         prompts.append(ids)
     return prompts

@@ -106,7 +106,7 @@ def make_example(task: Task, values: Values, where: str, origin: str, group: str
             f"{where}: label {'is missing' if given is None else show_value(given)}, "
             f"task {task.name} allows {task.label_spellings()}"
         )
-    return Example(fields, label, origin, group)
+    return Example(fields, label, origin, group, where)
 
 
 def find_columns(task: Task, names: Iterable[str], where: str) -> dict[str, int]:

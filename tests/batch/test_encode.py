@@ -5,7 +5,8 @@ from tiny import merging_tokenizer, tiny_tokenizer
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from fastppo.batch.encode import encode_answer, encode_prompts
+from fastppo.batch.encode import encode_answer, encode_prompts, prompt_limit
+from fastppo.config import load_config
 from fastppo.errors import UserError
 from fastppo.tasks import Example, get_task
 
@@ -52,6 +53,30 @@ def test_too_long_a_prompt_names_its_row():
     with pytest.raises(UserError, match=rf"train.tsv:1: .*{longest} tokens.*at most {longest - 1} \(--max-prompt-tokens\)"):
         encode_prompts(tiny_tokenizer(), COLA, EXAMPLES, limit=longest - 1, limit_name="--max-prompt-tokens")
     assert encode_prompts(tiny_tokenizer(), COLA, EXAMPLES, limit=longest, limit_name="x") == prompts
+
+
+def test_too_long_a_prompt_names_its_file_by_the_whole_path():
+    example = Example({"sentence": "The cat."}, 1, "train.tsv:1", path="data/cola/train.tsv:1")
+    with pytest.raises(UserError, match="^data/cola/train.tsv:1: its prompt has"):
+        encode_prompts(tiny_tokenizer(), COLA, [example], limit=3, limit_name="x")
+
+
+@pytest.mark.parametrize(
+    ("positions", "limit", "way_out"),
+    [
+        (None, 100, "--max-prompt-tokens"),
+        (200, 100, "--max-prompt-tokens; this model allows up to 190"),
+        (111, 100, "--max-prompt-tokens; this model allows up to 101"),
+        (110, 100, "the model's 110 positions less --sample-max-new-tokens 10; longer prompts need another --model, "),
+        (11, 1, "the model's 11 positions less --sample-max-new-tokens 10; longer"),
+    ],
+)
+def test_what_limits_a_prompt_and_the_way_out(positions, limit, way_out):
+    config = load_config({"max_prompt_tokens": "100", "sample.max_new_tokens": "10"})
+    found, name = prompt_limit(config, positions)
+    assert found == limit and name.startswith(way_out) and (positions is None or positions > 110) == (len(name) == len(way_out))
+    with pytest.raises(UserError, match="^--sample-max-new-tokens: 10 leaves no room for a prompt in the model's 10 pos"):
+        prompt_limit(config, 10)
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, closing_tokenizer])
