@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from fastppo.errors import Interrupted, UserError
 from fastppo.tasks.example import Example
+from fastppo.tasks.glue import GLUE
 from fastppo.tasks.read import LABEL, READERS, find_columns, make_examples, read_file, show, show_line
+from fastppo.tasks.superglue import SUPERGLUE
 from fastppo.tasks.task import BUILT_IN, Task
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val")}
@@ -207,8 +209,14 @@ def _load_hub(task: Task, name: str) -> Dataset:
     from huggingface_hub.utils import logging as hub_logging
 
     repository, _, config = name.partition(":")
-    if task.hub and repository in (task.hub[0], task.hub[0].rpartition("/")[2]):
-        repository, config = task.hub[0], config or task.hub[1]
+    for benchmark in (GLUE, SUPERGLUE):
+        if repository == benchmark.rpartition("/")[2]:
+            repository = benchmark
+    if task.hub and repository == task.hub[0]:
+        config = config or task.hub[1]
+    elif not config and repository in (GLUE, SUPERGLUE):
+        its = f"that of {task.name} is {':'.join(task.hub)}" if task.hub else "give one as NAME:CONFIGURATION"
+        raise UserError(f"data {name!r}: holds many tasks; {its}")
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # without a network its retries log a dozen lines in front of the error
     try:

@@ -424,6 +424,24 @@ def test_the_hubs_classes_are_believed_before_its_numbers(monkeypatch):
     assert load_data(TASKS["rte"], "x/y").dev[0].label == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("boolq", "glue"), ("boolq", "nyu-mll/glue"), ("wic", "glue"), ("rte", "super_glue"), ("sst2", "aps/super_glue")],
+)
+def test_the_other_benchmarks_name_alone_is_refused_before_the_hub_is_asked(monkeypatch, name, given):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=f"^data '{given}': holds many tasks; that of {name} is {':'.join(TASKS[name].hub)}$"):
+        load_data(TASKS[name], given)
+
+
+def test_rte_of_the_other_benchmark_by_its_whole_name(monkeypatch):
+    asked = []
+    table = datasets.Dataset.from_list([{"premise": "A.", "hypothesis": "B.", "label": 1, "idx": 0}])
+    splits = datasets.DatasetDict(train=table, validation=table)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or splits)
+    assert load_data(TASKS["rte"], "super_glue:rte").dev[0].fields["premise"] == "A." and asked == [("aps/super_glue", "rte")]
+
+
 def test_validation_sections_of_mnli_on_the_hub(monkeypatch):
     table = datasets.Dataset.from_list([{"premise": "A.", "hypothesis": "B.", "label": 2, "idx": 0}])
     splits = datasets.DatasetDict(train=table, validation_matched=table, validation_mismatched=table, test_matched=table)
