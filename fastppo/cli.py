@@ -15,6 +15,7 @@ from fastppo import __version__, config, files
 from fastppo.errors import Interrupted, UserError, is_out_of_memory, printable
 
 EXIT_USER_ERROR = 2
+CONFIG_HELP = f"settings in a YAML or TOML file, or the name of a preset: {', '.join(config.PRESETS)}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +37,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
         allow_abbrev=False,
     )
-    train.add_argument("--config", metavar="FILE", type=Path, help="settings in a YAML or TOML file")
+    train.add_argument("--config", metavar="FILE", type=Path, help=CONFIG_HELP)
     train.add_argument(
         "--resume", metavar="RUN", type=Path, help="go on with an interrupted run, with its own settings"
     )
@@ -52,7 +53,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     )
     plan.add_argument("--gpu", metavar="NAME", help="a GPU that need not be here: a100-40, h100-80 and others, or 24GiB")
     plan.add_argument("--json", action="store_true", help="the same as one JSON object")
-    plan.add_argument("--config", metavar="FILE", type=Path, help="settings in a YAML or TOML file")
+    plan.add_argument("--config", metavar="FILE", type=Path, help=CONFIG_HELP)
     _add_settings(plan)
 
     study = commands.add_parser(
@@ -66,7 +67,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     study.add_argument("--tasks", metavar="A,B", help="tasks, separated by commas")
     study.add_argument("--methods", metavar="M,N", help="zero-shot, few-shot, sft, ppo, encoder (default: zero-shot,sft,ppo)")
     study.add_argument("--seeds", metavar="N,N", help="seeds (default: 0)")
-    study.add_argument("--config", metavar="FILE", type=Path, help="a study in a YAML file; flags come after it")
+    study.add_argument("--config", metavar="FILE", type=Path, help="a study in a YAML file, or a preset; flags come after it")
     study.add_argument("--resume", metavar="STUDY", type=Path, help="go on with an interrupted study; finished cells stay")
     study.add_argument("--shots", metavar="N", help="solved examples in front of a few-shot question (default: 5)")
     study.add_argument("--demonstrations", metavar="{random,first}", help="which examples these are (default: random)")

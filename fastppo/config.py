@@ -35,6 +35,7 @@ from fastppo.settings import (
 
 __all__ = [
     "LARGEST_INT",
+    "PRESETS",
     "REAL_MODEL_DEFAULTS",
     "SETTINGS",
     "Config",
@@ -52,11 +53,17 @@ __all__ = [
     "from_values",
     "get",
     "load_config",
+    "names_preset",
+    "preset_file",
     "read_tree",
     "save",
     "suggest",
     "to_dict",
 ]
+
+
+# Settings files that come with the package, by name.
+PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
 
 
 def _shown(value: object) -> str:
@@ -197,10 +204,25 @@ def read_tree(path: Path) -> dict[Any, Any]:
     return tree
 
 
+def preset_file(name: str, where: str = "--config") -> Path:
+    """The file of a preset. Raises UserError; ``where`` names the place that asks for it."""
+    if name not in PRESETS:
+        raise UserError(
+            f"{where}: {_shown(name)} is no file and no preset; presets are {', '.join(PRESETS)}{suggest(name, list(PRESETS))}"
+        )
+    return PRESETS[name]
+
+
+def names_preset(given: Path) -> bool:
+    """Whether ``--config`` means a preset: a bare word that is no file."""
+    return not given.suffix and len(given.parts) == 1 and not given.is_file()
+
+
 def _read_file(path: Path) -> dict[str, object]:
-    """The values of a settings file by key."""
+    """The values of a settings file, or of the preset that ``path`` names, by key."""
     values: dict[str, object] = {}
-    for key, value in flatten(read_tree(path), str(path)):
+    tree = read_tree(preset_file(path.name) if names_preset(path) else path)
+    for key, value in flatten(tree, str(path)):
         if key in values:  # `ppo.lr` and, in a section, `ppo: {lr: ...}`
             raise UserError(f"settings file {path}: {key} stands there twice")
         values[key] = value
@@ -242,7 +264,7 @@ def load_config(argv_overrides: Mapping[str, str], file: Path | None = None) -> 
 
     Args:
         argv_overrides: texts by key, as the flags gave them: `{"ppo.lr": "1e-3", "ppo.whiten": "false"}`.
-        file: a YAML or TOML file with the sections nested, or None.
+        file: a YAML or TOML file with the sections nested, the name of a preset, or None.
 
     Raises:
         UserError: one line for the first setting that is unknown, of the wrong type or outside what is allowed.

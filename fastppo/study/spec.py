@@ -108,11 +108,13 @@ def check(study: Study) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The fields of a study file (YAML): ``tasks`` and ``methods`` as lists, or as mappings with settings of their own.
 
+    ``preset`` there, or a preset's name in place of a file, gives the settings that all others come after.
+
     Raises:
         UserError: names the file and the field.
     """
-    tree = config_module.read_tree(path)
-    known = [f.name for f in dataclasses.fields(Study)]
+    tree = {"preset": path.name} if config_module.names_preset(path) else config_module.read_tree(path)
+    known = [*(f.name for f in dataclasses.fields(Study)), "preset"]
     for name in tree:
         if name not in known:
             raise UserError(f"{path}: unknown field {name!r}{config_module.suggest(str(name), known)}")
@@ -126,6 +128,10 @@ def read(path: Path) -> dict[str, Any]:
         fields["seeds"] = seeds_of(fields["seeds"], f"{path}: seeds")
     if "settings" in fields:
         fields["settings"] = _settings(fields["settings"], f"{path}: settings")
+    if "preset" in fields:
+        where = "--config" if config_module.names_preset(path) else f"{path}: preset"
+        preset = config_module.read_tree(config_module.preset_file(str(fields.pop("preset")), where))
+        fields["settings"] = {**dict(config_module.flatten(preset, where)), **fields.get("settings", {})}
     for name, kind in (("data", str), ("encoder", str), ("demonstrations", str), ("shots", int), ("encoder_epochs", int)):
         if fields.get(name) is not None and (not isinstance(fields[name], kind) or isinstance(fields[name], bool)):
             raise UserError(f"{path}: {name}: {fields[name]!r} is not allowed; expected {_WORDS[kind]}")
