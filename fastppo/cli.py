@@ -1,4 +1,4 @@
-"""The command line: `fastppo train | plan | study | eval | report | export | doctor`. Nothing heavy comes before one runs."""
+"""The command line: `fastppo train | plan | study | eval | predict | ..`. Nothing heavy comes before a command runs."""
 
 import argparse
 import dataclasses
@@ -87,6 +87,22 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     evaluate.add_argument("--task", metavar="T", help="another task than the run's, with its --data: a diagnostic set")
     evaluate.add_argument("--split", choices=("dev", "train"), default="dev", help="(default: dev)")
     evaluate.add_argument("--limit", metavar="N", help="use only the first N examples")
+
+    predict = commands.add_parser(
+        "predict",
+        help="answer unlabelled test splits, for the servers of GLUE and SuperGLUE",
+        description="Writes the file of each test split and submission.zip. The folder may hold files of other runs already.",
+        allow_abbrev=False,
+    )
+    predict.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders")
+    predict.add_argument("--to", metavar="DIR", type=Path, required=True, help="folder for the files of one server")
+    predict.add_argument("--data", metavar="D", help="folder with a test file, that file, or hub name (default: the run's)")
+    predict.add_argument("--task", metavar="T", help="another task than the run's, with its --data: a diagnostic set")
+    predict.add_argument(
+        "--fallback", choices=("first", "random"),
+        help="what is written for an answer that is none and names no label: the first label, or a random one "
+        "(default: random in runs with --fallback random, else first)",
+    )  # fmt: skip
 
     report = commands.add_parser(
         "report", help="write a run's report.html, finished or not", allow_abbrev=False
@@ -238,6 +254,16 @@ def _eval(args: argparse.Namespace) -> None:
     evaluate.evaluate_run(run, args.data, args.split, limit, _console(), args.task)
 
 
+def _predict(args: argparse.Namespace) -> None:
+    runs = [_existing(run) for run in args.runs]
+    for flag, given in (("--data", args.data), ("--task", args.task)):
+        if given is not None and len(runs) > 1:
+            raise UserError(f"{flag}: {given} is not allowed with {len(runs)} runs; give one at a time with the same --to")
+    from fastppo import predict
+
+    predict.predict_runs(runs, args.to, args.data, args.task, args.fallback, _console())
+
+
 def _report(args: argparse.Namespace) -> None:
     run = _existing(args.run)
     if args.to is not None and args.to.suffix != ".html":  # no other file is ever written over
@@ -287,8 +313,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 # What a command returns is the exit code, None for 0.
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "train": _train, "plan": _plan, "study": _study, "eval": _eval, "report": _report, "export": _export,
-    "doctor": _doctor,
+    "train": _train, "plan": _plan, "study": _study, "eval": _eval, "predict": _predict, "report": _report,
+    "export": _export, "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -125,14 +125,21 @@ class Evaluation:
     reward: float
 
 
+def answer(
+    model: ActorCritic, task: Task, data: LabelledPrompts, check: Callable[[], None] = lambda: None
+) -> tuple[list[str], list[int | float | None]]:
+    """Answer every prompt greedily: the texts, and the labels that they say (None: malformed). Labels need not be known."""
+    answers = allowed_answers(model, task, data)
+    rollout = generate(model, data.prompts, 1, Sampling.greedy(model.config), seed=0, answers=answers, check=check)
+    texts = [s.text for s in rollout.samples]
+    return texts, [task.parse(text) for text in texts]
+
+
 def evaluate(
     model: ActorCritic, task: Task, data: LabelledPrompts, check: Callable[[], None] = lambda: None
 ) -> Evaluation:
     """Answer every prompt greedily and score the answers."""
-    config, answers = model.config, allowed_answers(model, task, data)
-    rollout = generate(model, data.prompts, 1, Sampling.greedy(config), seed=0, answers=answers, check=check)
-    texts = [s.text for s in rollout.samples]
-    predicted = [task.parse(text) for text in texts]
+    config, (texts, predicted) = model.config, answer(model, task, data, check)
     rewards = [
         answer_reward(task, gold, said, text, config.reward)
         for gold, said, text in zip(data.labels, predicted, texts, strict=True)

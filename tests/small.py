@@ -134,7 +134,7 @@ def leftovers(run: Path) -> list[str]:
 
 
 PRELOAD = [
-    "fastppo.cli", "fastppo.trainer", "fastppo.export", "fastppo.evaluate",
+    "fastppo.cli", "fastppo.trainer", "fastppo.export", "fastppo.evaluate", "fastppo.predict",
     "sklearn.metrics", "transformers.models.llama.modeling_llama", "transformers.generation", "peft.tuners.lora.bnb",
 ]  # fmt: skip
 

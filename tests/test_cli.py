@@ -33,6 +33,7 @@ def calls(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
         ("trainer", ("train", "resume")),
         ("evaluate", ("evaluate_run",)),
         ("export", ("export_run",)),
+        ("predict", ("predict_runs",)),
     ):
         stand_in = types.ModuleType(f"fastppo.{module}")
         for function in functions:
@@ -114,10 +115,14 @@ def test_eval_and_export(calls):
     assert cli.main(["eval", "r"]) == 0
     assert cli.main("eval r --task axb --data d --split train --limit 7".split()) == 0
     assert cli.main("export r --to out --merged".split()) == 0
+    assert cli.main("predict r --to d --data e --task ax --fallback random".split()) == 0
+    assert cli.main("predict r r --to d".split()) == 0
     assert calls == [
         ("evaluate_run", run, None, "dev", None, None),
         ("evaluate_run", run, "d", "train", 7, "axb"),
         ("export_run", run, Path("out"), True),
+        ("predict_runs", [run], Path("d"), "e", "ax", "random"),
+        ("predict_runs", [run, run], Path("d"), None, None, None),
     ]
 
 
@@ -144,6 +149,12 @@ def test_eval_and_export(calls):
         ("train --resume r --config a.yaml", "--config: a.yaml is not allowed with --resume"),
         ("train --resume r --out s", "--out: s is not allowed with --resume"),
         ("eval none", "run folder none: no such folder"),
+        ("predict r", "the following arguments are required: --to"),
+        ("predict --to d", "the following arguments are required: RUN"),
+        ("predict none --to d", "run folder none: no such folder"),
+        ("predict r r --to d --data e", "--data: e is not allowed with 2 runs; give one at a time with the same --to"),
+        ("predict r r --to d --task ax", "--task: ax is not allowed with 2 runs; give one at a time with the same --to"),
+        ("predict r --to d --fallback wrong", "argument --fallback: invalid choice: 'wrong'"),
         ("eval r --limit 0", "--limit: '0' is not allowed; expected a whole number, 1 or more"),
         ("eval r --split test", "argument --split: invalid choice: 'test'"),
         ("eval r --lmit 3", "eval: unknown"),

@@ -3,11 +3,11 @@
 from fastppo.errors import UserError
 from fastppo.tasks import glue, superglue
 from fastppo.tasks.cola import COLA
-from fastppo.tasks.data import Dataset, load_data
+from fastppo.tasks.data import Dataset, Unlabelled, load_data, load_test
 from fastppo.tasks.example import Example
 from fastppo.tasks.task import Task
 
-__all__ = ["TASKS", "Dataset", "Example", "Task", "get_task", "get_task_to_train", "load_data"]
+__all__ = ["TASKS", "Dataset", "Example", "Task", "Unlabelled", "get_task", "get_task_to_train", "load_data", "load_test"]
 
 TASKS: dict[str, Task] = {task.name: task for task in (COLA, *glue.TASKS, *superglue.TASKS)}
 

@@ -3,9 +3,11 @@
 import os
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastppo.errors import Interrupted, UserError
 from fastppo.tasks.example import Example
@@ -22,6 +24,9 @@ DEV_SHARE = 0.1
 
 # Endings that say "this is a path" of a name that does not exist; not any suffix, for hub names have dots in them too.
 PATH_SUFFIXES = {*READERS, ".json", ".txt", ".xlsx", ".arrow", ".gz", ".zip"}
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,75 @@ def load_data(task: Task, data: str | None = None, seed: int = 0) -> Dataset:
     return replace(loaded, train=drawn, note=_joined(loaded.note, note))
 
 
+@dataclass(frozen=True)
+class Unlabelled:
+    """The examples of a test split by section ("" where the task has none), in the order of their files."""
+
+    sections: dict[str, list[Example]]
+    name: str
+    """What the user gave."""
+    superglue: bool
+    """Whether it came in the form of SuperGLUE: from a JSONL file, or from SuperGLUE's data set on the hub."""
+
+
+def load_test(task: Task, data: str | None) -> Unlabelled:
+    """Load the test split, which need have no labels, that ``--data`` names: a folder with a ``test`` file, one such file, or
+    a data set on the hub.
+
+    Raises UserError as `load_data`, and for an index that is missing or stands twice.
+    """
+    if data is None:
+        such_as = f", such as {':'.join(task.hub)}" if task.hub else ""
+        raise UserError(f"the built-in data has no test split: give --data that of {task.name}{such_as}")
+    task = task.for_test()
+    names = _names(task, "test")
+    if task.sections:
+        del names[""]  # nobody could say which section it is
+    path = _place(task, data)
+    if path is None:
+        sections = _from_hub(task, data, partial(_read_hub_test, task, data, names))
+        superglue = data.partition(":")[0] in (SUPERGLUE, SUPERGLUE.rpartition("/")[2])
+    else:
+        files = _test_files(path, names)
+        sections = {section: [e for file in found for e in read_file(task, file)] for section, found in files.items()}
+        superglue = all(file.suffix.lower() == ".jsonl" for found in files.values() for file in found)
+    for examples in sections.values():
+        _check_indices(examples)
+    return Unlabelled(sections, data, superglue)
+
+
+def _test_files(path: Path, names: dict[str, list[tuple[str, ...]]]) -> dict[str, list[Path]]:
+    """The files of each section of a test split."""
+    if not path.is_dir():
+        of_name = [section for section, choices in names.items() if any(path.stem in stems for stems in choices)]
+        if not of_name and "" not in names:
+            raise UserError(f"{show(path)}: its name says no section of the test split; expected {_shown(names)}")
+        return {(of_name or [""])[0]: [path]}
+    present = _listed(path)
+    found = {section: _find_split(path, present, "test", choices) for section, choices in names.items()}
+    if not any(found.values()):
+        raise UserError(f"{show(path)}: no test split: looked for {_shown(names)} with the ending {', '.join(READERS)}")
+    return {section: [path / file for file in files] for section, files in found.items() if files}
+
+
+def _read_hub_test(task: Task, name: str, names: dict[str, list[tuple[str, ...]]], splits: Any) -> dict[str, list[Example]]:
+    found = {section: [stem for stems in choices for stem in stems if stem in splits] for section, choices in names.items()}
+    if not any(found.values()):
+        raise UserError(f"data {name!r}: no test split: looked for {_shown(names)}, found {', '.join(splits)}")
+    return {section: _read_hub_table(task, name, splits[stems[0]], stems[0]) for section, stems in found.items() if stems}
+
+
+def _check_indices(examples: list[Example]) -> None:
+    """Raises UserError where two examples have one index, but for those of one query, which share its."""
+    first: dict[tuple[int, ...], Example] = {}
+    for example in examples:
+        other = first.setdefault(example.index, example)
+        of_query = len(example.index) == 1 and "candidate" in example.fields and other.group == example.group
+        if other is not example and not of_query:
+            shown = ", ".join(map(str, example.index))
+            raise UserError(f"{example.where}: index {shown} stands at {other.where} already; every row needs one of its own")
+
+
 def _joined(*notes: str) -> str:
     return "; ".join(filter(None, notes))
 
@@ -75,6 +149,14 @@ def _load(task: Task, data: str | None, seed: int) -> Dataset:
         if task.data is None:
             raise UserError(f"task {task.name} has no built-in data: give --data {_choices(task)}")
         data = task.data
+    path = _place(task, data)
+    if path is None:
+        return _load_hub(task, data)
+    return _load_folder(task, path, data) if path.is_dir() else _load_file(task, path, data, seed)
+
+
+def _place(task: Task, data: str) -> Path | None:
+    """The file or folder that ``--data`` names; None: a name on the hub."""
     path = Path(os.path.expanduser(data))
     try:
         if not data.strip():
@@ -86,10 +168,10 @@ def _load(task: Task, data: str | None, seed: int) -> Dataset:
             raise UserError(
                 f"data {data!r} is missing, there is no such file or folder: give {_choices(task)}"
             ) from None
-        return _load_hub(task, data)
+        return None
     except OSError as error:
         raise UserError(f"data {data!r} cannot be read: {error.strerror or error}") from None
-    return _load_folder(task, path, data) if path.is_dir() else _load_file(task, path, data, seed)
+    return path
 
 
 def _choices(task: Task) -> str:
@@ -120,10 +202,7 @@ def _load_builtin() -> Dataset:
 
 
 def _load_folder(task: Task, folder: Path, name: str) -> Dataset:
-    try:
-        present = sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(f"{show(folder)}: cannot be read: {error.strerror or error}") from None
+    present = _listed(folder)
     damaged: list[str] = []
     found: dict[str, list[Example]] = {"train": []}
     for split in ("dev",) if task.train_on else SPLITS:
@@ -139,10 +218,18 @@ def _load_folder(task: Task, folder: Path, name: str) -> Dataset:
     return Dataset(found["train"], found["dev"], "folder", name, _note_damaged(damaged))
 
 
+def _listed(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{show(folder)}: cannot be read: {error.strerror or error}") from None
+
+
 def _names(task: Task, split: str) -> dict[str, list[tuple[str, ...]]]:
-    """Names of a split, best first, those beside each other equally good: of all of it (""), and of the sections of dev."""
-    sections = {s: [tuple(f"{stem}_{s}" for stem in SPLITS[split])] for s in task.sections if split == "dev"}
-    return {"": [SPLITS[split], *((stem,) for stem in task.files.get(split, ()))], **sections}
+    """Names of a split, best first, those beside each other equally good: of all of it (""), and of its sections."""
+    usual = SPLITS.get(split, (split,))
+    sections = {s: [tuple(f"{stem}_{s}" for stem in usual)] for s in task.sections if split != "train"}
+    return {"": [usual, *((stem,) for stem in task.files.get(split, ()))], **sections}
 
 
 def _shown(names: dict[str, list[tuple[str, ...]]]) -> str:
@@ -205,6 +292,15 @@ def _load_file(task: Task, path: Path, name: str, seed: int) -> Dataset:
 
 
 def _load_hub(task: Task, name: str) -> Dataset:
+    def read(splits: Any) -> Dataset:
+        dev = _read_hub_split(task, name, splits, "dev")
+        return Dataset([] if task.train_on else _read_hub_split(task, name, splits, "train"), dev, "hub", name)
+
+    return _from_hub(task, name, read)
+
+
+def _from_hub(task: Task, name: str, read: Callable[[Any], Found]) -> Found:
+    """What ``read`` makes of the splits of a data set on the hub."""
     import datasets  # seconds to import, and only the hub needs it
     from huggingface_hub.utils import logging as hub_logging
 
@@ -220,9 +316,7 @@ def _load_hub(task: Task, name: str) -> Dataset:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # without a network its retries log a dozen lines in front of the error
     try:
-        splits = datasets.load_dataset(repository, config or None)
-        dev = _read_hub_split(task, name, splits, "dev")
-        train = [] if task.train_on else _read_hub_split(task, name, splits, "train")
+        return read(datasets.load_dataset(repository, config or None))
     except (Interrupted, UserError):
         raise
     except Exception as error:  # of a network, a remote service and other people's files: no list of causes is complete
@@ -232,7 +326,6 @@ def _load_hub(task: Task, name: str) -> Dataset:
         ) from None
     finally:
         hub_logging.set_verbosity(verbosity)
-    return Dataset(train, dev, "hub", name)
 
 
 def _read_hub_split(task: Task, name: str, splits: Any, split: str) -> list[Example]:

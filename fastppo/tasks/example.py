@@ -17,6 +17,9 @@ class Example:
     path: str = field(default="", compare=False)
     """The same with the whole path as the user gave it; "" for what is in no file."""
 
+    index: tuple[int, ...] = ()
+    """Of a test split: what its server calls it, a number; of MultiRC those of passage, question and answer."""
+
     @property
     def where(self) -> str:
         """How an error names it."""

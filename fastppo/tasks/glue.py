@@ -61,7 +61,7 @@ QQP = Task(
     labels=("no", "yes"),
     label_names=("not_duplicate", "duplicate"),
     metrics=("f1", "accuracy"),
-    aliases={"label": ("is_duplicate",)},
+    aliases={"label": ("is_duplicate",), "index": ("id",)},
     tsv_columns=("id", "qid1", "qid2", "question1", "question2", "label"),
     drops_damaged=True,
     hub=(GLUE, "qqp"),
@@ -161,7 +161,7 @@ AX = Task(
     label_names=NLI,
     metrics=("mcc",),
     aliases=NLI_COLUMNS,
-    files={"dev": ("diagnostic-full", "diagnostic", "test")},
+    files={"dev": ("diagnostic-full", "diagnostic", "test"), "test": ("diagnostic",)},
     train_on="mnli",
     hub=(GLUE, "ax"),
 )

@@ -3,14 +3,14 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastppo.errors import UserError
 from fastppo.tasks.example import Example
-from fastppo.tasks.task import Task, Values
+from fastppo.tasks.task import INDEX, LABEL, Task, Values
 
-LABEL = "label"
 GROUP, PART = "group", "part"
 """Columns that a task's ``expand`` may add: see `Example.group`, and what tells the examples of one row apart in messages."""
 
@@ -22,7 +22,8 @@ Row = tuple[int, Values | UserError]
 
 
 def read_file(task: Task, path: Path, damaged: list[str] | None = None) -> list[Example]:
-    """All rows of a TSV (quotes are plain characters), CSV, JSONL or Parquet file, in order, every one with its label.
+    """All rows of a TSV (quotes are plain characters), CSV, JSONL or Parquet file, in order, each with its label (its index,
+    where ``task`` is for a test split).
 
     TSV and CSV are UTF-8 with or without BOM, LF or CRLF. Raises UserError for a file that cannot be read, a malformed
     row, a label outside the task, and a file without rows. Where the task's files are known to have damaged rows, these are
@@ -40,7 +41,7 @@ def read_file(task: Task, path: Path, damaged: list[str] | None = None) -> list[
             examples += make_examples(task, values, show(path), path.name, number)
         except UserError as error:
             wrong.append(error)
-            if not task.drops_damaged or len(wrong) > DAMAGED_SHARE * len(rows):
+            if task.unlabelled or not task.drops_damaged or len(wrong) > DAMAGED_SHARE * len(rows):
                 raise wrong[0] from None
     if not examples:
         raise UserError(f"{show(path)}: empty, no rows: every split needs at least one")
@@ -55,7 +56,7 @@ def make_examples(task: Task, values: Values, where: str, origin: str, number: i
     if task.expand is None:
         return [make_example(task, values, where, origin)]
     try:
-        parts = task.expand(values, str(number))
+        parts = task.expand(values, str(number), not task.unlabelled)
     except ValueError as error:
         raise UserError(f"{where}: malformed row: {show_line(error)}") from None
     examples = []
@@ -69,7 +70,7 @@ def make_examples(task: Task, values: Values, where: str, origin: str, number: i
 def _named(task: Task, values: Values, where: str) -> Values:
     """The columns that the task needs, by its own names for them."""
     named = {}
-    for column in (*task.slots, LABEL):
+    for column in task.columns:
         present = [name for name in task.columns_of(column) if name in values]
         if not present:
             raise UserError(
@@ -86,7 +87,7 @@ def make_example(task: Task, values: Values, where: str, origin: str, group: str
         text = values.get(slot)
         if not isinstance(text, str):
             raise UserError(f"{where}: {slot} is {'missing' if text is None else show_value(text)}, must be text")
-        if not text.strip():
+        if not text.strip() and not (task.unlabelled and task.drops_damaged):  # a test split's every row is answered
             raise UserError(f"{where}: {slot} is empty, must be text")
         try:
             text.encode()
@@ -99,6 +100,12 @@ def make_example(task: Task, values: Values, where: str, origin: str, group: str
         if allowed and text.strip().lower() not in allowed:
             raise UserError(f"{where}: {slot} is {show_value(text)}, must be {' or '.join(allowed)}")
         fields[slot] = text
+    if task.unlabelled:
+        index = _index(values.get(INDEX))
+        if index is None:
+            given = values.get(INDEX)
+            raise UserError(f"{where}: index {'is missing' if given is None else show_value(given)}, must be a whole number")
+        return Example(fields, None, origin, group, where, index)
     label = task.label_id(values.get(LABEL))
     if label is None:
         given = values.get(LABEL)
@@ -107,6 +114,12 @@ def make_example(task: Task, values: Values, where: str, origin: str, group: str
             f"task {task.name} allows {task.label_spellings()}"
         )
     return Example(fields, label, origin, group, where)
+
+
+def _index(value: object) -> tuple[int, ...] | None:
+    """One number or several, which text may spell."""
+    parts = [str(part) for part in (value if isinstance(value, tuple) else (value,))]
+    return tuple(map(int, parts)) if all(re.fullmatch("[0-9]{1,18}", part) for part in parts) else None
 
 
 def find_columns(task: Task, names: Iterable[str], where: str) -> dict[str, int]:
@@ -118,7 +131,7 @@ def find_columns(task: Task, names: Iterable[str], where: str) -> dict[str, int]
     if task.expand is not None:
         return {name: index for index, name in enumerate(names)}
     columns = {}
-    for column in (*task.slots, LABEL):
+    for column in task.columns:
         places = [index for index, name in enumerate(names) if name in task.columns_of(column)]
         if len(places) != 1:
             found = "more than one column" if places else "no column"
@@ -141,7 +154,7 @@ def show_value(value: object) -> str:
 
 
 def _needed(task: Task) -> str:
-    return " and ".join(map(repr, (*task.slots, LABEL)))
+    return " and ".join(map(repr, task.columns))
 
 
 def _read_tsv(task: Task, path: Path) -> list[Row]:
@@ -155,6 +168,8 @@ def _read_tsv(task: Task, path: Path) -> list[Row]:
         columns, start = find_columns(task, first, f"{show(path)}:1"), 1
         widths = range(len(first), len(first) + 1)
         expected = f"{len(first)} as in the header"
+    elif task.unlabelled:
+        raise UserError(f"{show(path)}:1: is no header line naming {_needed(task)}")
     else:
         columns, start = find_columns(task, task.tsv_columns, show(path)), 0
         widths = range(len(task.tsv_columns), len(task.tsv_columns) + task.tsv_extra + 1)
@@ -177,7 +192,7 @@ def _has_header(task: Task, cells: list[str]) -> bool:
     by_column = dict(zip(task.tsv_columns, cells, strict=False))
     if len(cells) == len(task.tsv_columns) and task.label_id(by_column.get(LABEL)) is not None:
         return False
-    known = {name for column in (*task.slots, LABEL) for name in task.columns_of(column)}
+    known = {name for column in task.columns for name in task.columns_of(column)}
     return bool(known & {cell.strip().lower() for cell in cells})
 
 

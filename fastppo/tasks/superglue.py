@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastppo.tasks.example import Example
 from fastppo.tasks.glue import ENTAILS_ANSWERS, ENTAILS_QUESTION, NLI_ANSWERS, NLI_COLUMNS, NLI_INPUTS, NLI_QUESTION
-from fastppo.tasks.task import Task, Values
+from fastppo.tasks.task import INDEX, Task, Values
 from fastppo.tasks.wording import prompts
 
 SUPERGLUE = "aps/super_glue"
@@ -89,12 +89,12 @@ def _filled_list(values: object, key: str, where: str = "") -> list[Any]:
     return found
 
 
-def _multirc_rows(values: Values, number: str) -> list[Values]:
+def _multirc_rows(values: Values, number: str, labelled: bool) -> list[Values]:
     """An example for each answer. The group is its question."""
     if "passage" not in values or isinstance(values["passage"], str):  # the hub: a row is an answer
         idx = values.get("idx")
-        places = [idx.get(key) for key in ("paragraph", "question")] if isinstance(idx, Mapping) else []
-        return [{**values, "group": "-".join(map(str, places)) or number}]
+        places = [idx.get(key) for key in ("paragraph", "question", "answer")] if isinstance(idx, Mapping) else []
+        return [{**values, "group": "-".join(map(str, places[:2])) or number, INDEX: tuple(places) or None}]
     rows: list[Values] = []
     text = _part(values["passage"], "text", str, "passage.")
     for q, question in enumerate(_filled_list(values["passage"], "questions", "passage."), 1):
@@ -105,6 +105,7 @@ def _multirc_rows(values: Values, number: str) -> list[Values]:
             rows.append({
                 "passage": text, "question": asked, "candidate": answer.get("text"), "label": answer.get("label"),
                 "group": f"{number}-{q}", "part": f"question {q}, answer {a}",
+                INDEX: (values.get("idx"), question.get("idx"), answer.get("idx")),
             })  # fmt: skip
     return rows
 
@@ -142,7 +143,7 @@ def _entity(text: str, span: object, number: int) -> str:
     return found
 
 
-def _record_rows(values: Values, number: str) -> list[Values]:
+def _record_rows(values: Values, number: str, labelled: bool) -> list[Values]:
     """An example for each different entity of each query, with the query's gap filled. The group is the query."""
     passage = values.get("passage")
     if isinstance(passage, str):  # the hub: a row is a query
@@ -157,12 +158,14 @@ def _record_rows(values: Values, number: str) -> list[Values]:
         sentence = _part(query, "query", str, where)
         if PLACEHOLDER not in sentence:
             raise ValueError(f"{where}no {PLACEHOLDER} in it")
-        answers = _filled_list(query, "answers", where)
+        answers = _filled_list(query, "answers", where) if labelled else []
+        idx = query.get("idx")
         gold = {answer if isinstance(answer, str) else _part(answer, "text", str, f"{where}answers.") for answer in answers}
         for e, entity in enumerate(dict.fromkeys([*entities, *sorted(gold)]), 1):
             rows.append({
                 "passage": text.split(HIGHLIGHT)[0].strip(), "candidate": entity, "label": int(entity in gold),
                 "query": sentence.replace(PLACEHOLDER, entity), "group": f"{number}-{q}", "part": f"query {q}, entity {e}",
+                INDEX: idx.get("query") if isinstance(idx, Mapping) else idx,
             })  # fmt: skip
     return rows
 
@@ -196,7 +199,7 @@ RECORD = Task(
 )
 
 
-def _wic_row(values: Values, number: str) -> list[Values]:
+def _wic_row(values: Values, number: str, labelled: bool) -> list[Values]:
     """Some releases have one text of word and sentences, without the places of the word."""
     text = values.get("text")
     if "word" in values or not isinstance(text, str):
@@ -206,7 +209,8 @@ def _wic_row(values: Values, number: str) -> list[Values]:
     found = re.fullmatch(r"Word: (.+?)\. Sentence 1: (.+?) Sentence 2: (.+)", text, re.DOTALL)
     if not found:
         raise ValueError("text must be of the form 'Word: ... . Sentence 1: ... Sentence 2: ...'")
-    return [{"word": found[1], "sentence1": found[2], "sentence2": found[3], "label": values.get("label")}]
+    kept: Values = {key: values[key] for key in ("label", "idx") if key in values}
+    return [{"word": found[1], "sentence1": found[2], "sentence2": found[3], **kept}]
 
 
 def _check_place(values: Values, sentence: str, start: str, end: str) -> None:
@@ -245,7 +249,7 @@ def _bare(word: str) -> str:
     return re.sub(r"[\W_]+", "", word).lower()
 
 
-def _wsc_row(values: Values, number: str) -> list[Values]:
+def _wsc_row(values: Values, number: str, labelled: bool) -> list[Values]:
     """The pronoun is put between asterisks: a text may have several alike. Indices count the words between spaces; words are
     compared without case and punctuation. The words of the noun phrase need not stand together ("Kamenev and Zinoviev")."""
     target = values.get("target", values)
@@ -261,7 +265,7 @@ def _wsc_row(values: Values, number: str) -> list[Values]:
     place = 2 * _nearest(words, pronoun, _part(target, "span2_index", int), 2)
     bare = pronoun.strip(string.punctuation)
     pieces[place] = re.sub(re.escape(bare), r"*\g<0>*", pieces[place], count=1, flags=re.IGNORECASE)
-    return [{"text": "".join(pieces), "noun": noun, "pronoun": bare, "label": values.get("label")}]
+    return [{**values, "text": "".join(pieces), "noun": noun, "pronoun": bare}]
 
 
 def _nearest(words: list[str], spelled: str, index: int, k: int) -> int:
@@ -310,7 +314,7 @@ AXB = Task(
     label_names=("entailment", "not_entailment"),
     metrics=("mcc",),
     aliases=NLI_COLUMNS,
-    files={"dev": ("AX-b", "test")},
+    files={"dev": ("AX-b", "test"), "test": ("AX-b",)},
     train_on="rte",
     hub=(SUPERGLUE, "axb"),
 )
@@ -318,7 +322,7 @@ AXB = Task(
 _PRONOUNS = re.compile(r"\b(he|she|they|him|her|them|his|hers|their|theirs|himself|herself|themselves)\b")
 
 
-def _axg_row(values: Values, number: str) -> list[Values]:
+def _axg_row(values: Values, number: str, labelled: bool) -> list[Values]:
     """The group is what two examples share that differ only in the gender of a pronoun."""
     texts = [str(values.get(slot, "")) for slot in ("premise", "hypothesis")]
     return [{**values, "group": _PRONOUNS.sub("*", " / ".join(texts).lower())}]
@@ -336,7 +340,7 @@ AXG = Task(
     labels=("yes", "no"),
     label_names=("entailment", "not_entailment"),
     metrics=("accuracy", "parity"),
-    files={"dev": ("AX-g", "test")},
+    files={"dev": ("AX-g", "test"), "test": ("AX-g",)},
     expand=_axg_row,
     train_on="rte",
     hub=(SUPERGLUE, "axg"),

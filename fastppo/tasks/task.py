@@ -13,6 +13,9 @@ from fastppo.tasks.example import Example
 OPENING, CLOSING = "<answer>", "</answer>"
 """The tags of tagged prompts: the first ends the prompt, the second ends the answer."""
 
+LABEL, INDEX = "label", "index"
+"""The column beside the slots: of labelled data, and of a test split."""
+
 Values = dict[str, object]
 """What one row of a data file holds, by column."""
 
@@ -54,13 +57,14 @@ class Task:
     tsv_extra: int = 0
     """How many columns more a row without header may have, at its end."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Other names of the columns, in lower case: of slots, and of ``label``."""
+    """Other names of the columns, in lower case: of slots, ``label`` and ``index``."""
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of its files for ``train`` and ``dev`` where the usual ones are not there."""
+    """Names of its files for ``train``, ``dev`` and ``test`` where the usual ones are not there."""
     sections: tuple[str, ...] = ()
-    """Parts of the dev split with a file each, ``dev_SECTION``: the ``group`` of their examples."""
-    expand: Callable[[Values, str], list[Values]] | None = None
-    """The examples' columns (``group`` and ``part`` too) from one row and its number. Raises ValueError for a damaged row."""
+    """Parts of the dev and the test split with a file each, ``dev_SECTION``: the ``group`` of their examples."""
+    expand: Callable[[Values, str, bool], list[Values]] | None = None
+    """The examples' columns (``group`` and ``part`` too) from one row, its number, and whether it must be labelled. Raises
+    ValueError for a damaged row."""
     training: Callable[[list[Example], random.Random], list[Example]] | None = None
     """Draws from the examples of the train split those that are trained on."""
     train_on: str = ""
@@ -69,6 +73,12 @@ class Task:
     """Its own files are known to have damaged rows: few of them are left out, with a notice."""
     wordless_is_wrong: bool = False
     """With the rewards of `code`, a closed answer without any answer word is wrong, not malformed."""
+    unlabelled: bool = False
+    """Its data is a test split, see ``for_test``."""
+
+    def for_test(self) -> "Task":
+        """The same task for reading a test split: rows have an index instead of a label, and every row counts."""
+        return replace(self, unlabelled=True)
 
     def with_template(self, template: str) -> "Task":
         """The same task asked with the prompt ``short`` or ``tagged``."""
@@ -133,11 +143,14 @@ class Task:
         words = re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, self.labels))})(?!\w)", text.lower())
         return [self.labels.index(word) for word in dict.fromkeys(words)]
 
-    def guess(self, text: str, draw: random.Random) -> int | float:
-        """A label for an answer that ``parse`` refuses: the first that it names anywhere, else one drawn evenly."""
+    def guess(self, text: str, draw: random.Random | None) -> int | float:
+        """A label for an answer that ``parse`` refuses: the first that it names anywhere, else one drawn evenly; without a
+        ``draw`` the first of all, or the middle of the scale."""
         named = self._named(text)
         if named:
             return named[0]
+        if draw is None:
+            return 0 if self.span is None else sum(self.span) / 2
         return draw.randrange(len(self.labels)) if self.span is None else draw.uniform(*self.span)
 
     def label_id(self, value: object) -> int | float | None:
@@ -172,9 +185,14 @@ class Task:
         ids = zip(self.labels, self.label_names, strict=True)
         return " or ".join(f"{label} ({word}, {name})" for label, (word, name) in enumerate(ids))
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a row of data must have."""
+        return (*self.slots, INDEX if self.unlabelled else LABEL)
+
     def columns_of(self, column: str) -> tuple[str, ...]:
-        """The names that a slot's column, or ``label``, goes by in data files."""
-        return (column, *self.aliases.get(column, ()))
+        """The names that one of ``columns`` goes by in data files."""
+        return (column, *(("idx",) if column == INDEX else ()), *self.aliases.get(column, ()))
 
     def score(self, examples: Sequence[Example], predicted: Sequence[int | float | None]) -> dict[str, float]:
         """The official metrics, ``accuracy``, ``malformed`` (fractions) and ``n`` (rows) of parsed answers; None: malformed."""
