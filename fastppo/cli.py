@@ -83,10 +83,10 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter", allow_abbrev=False)
     evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    evaluate.add_argument("--data", metavar="D", help="data folder, file or hub name (default: the run's)")
-    evaluate.add_argument("--task", metavar="T", help="another task than the run's, with its --data: a diagnostic set")
+    evaluate.add_argument("--data", metavar="D", help="data folder, file or hub name, as in train (default: the run's)")
+    evaluate.add_argument("--task", metavar="T", help="one of several tasks, or another than the run's, with its --data")
     evaluate.add_argument("--split", choices=("dev", "train"), default="dev", help="(default: dev)")
-    evaluate.add_argument("--limit", metavar="N", help="use only the first N examples")
+    evaluate.add_argument("--limit", metavar="N", help="use only the first N examples of each task")
 
     predict = commands.add_parser(
         "predict",
@@ -192,10 +192,10 @@ def _train(args: argparse.Namespace) -> None:
         run = _existing(args.resume)
     else:
         settings = _anchored(config.load_config(overrides, args.config))
-        from fastppo.tasks import get_task_to_train
+        from fastppo.tasks import get_tasks
 
-        get_task_to_train(settings.task)  # a wrong name is known before seconds of imports
-        run = _new_run(settings)
+        tasks = get_tasks(settings.task, to_train=True)  # a wrong name is known before seconds of imports
+        run = _new_run(settings, "+".join(task.name for task in tasks))
     console = _console()
     console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
     try:
@@ -224,14 +224,14 @@ def _anchored(settings: config.Config) -> config.Config:
     return dataclasses.replace(settings, model=files.whole_path(settings.model), data=files.whole_path(settings.data))
 
 
-def _new_run(settings: config.Config) -> Path:
+def _new_run(settings: config.Config, tasks: str) -> Path:
     if settings.out:
         run = Path(settings.out)
         if not files.is_unused(run):
             go_on = f", or go on with it: {_resume(run)}" if (run / "config.yaml").exists() else ""
             raise UserError(f"--out: {run} exists and is not empty; choose another folder{go_on}")
         return run
-    return files.unused(Path("runs", f"{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    return files.unused(Path("runs", f"{tasks}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 def _existing(run: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,42 @@ from fastppo.rewards.rules import answer_reward
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo.rollout.trie import TokenTrie
 from fastppo.scores import shown
-from fastppo.tasks import Example, Task, get_task, load_data
+from fastppo.tasks import Example, Task, get_tasks, load_sets
+from fastppo.tasks.metrics import mean_interval
 
 
 @dataclass(frozen=True)
 class LabelledPrompts:
-    """Examples with known labels, and their prompts as token ids."""
+    """Examples with known labels, their prompts as token ids, and the task of each."""
 
     examples: list[Example]
     prompts: list[list[int]]
+    tasks: list[Task]
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, part: slice) -> LabelledPrompts:
-        return LabelledPrompts(self.examples[part], self.prompts[part])
-
     @property
     def labels(self) -> list[int | float]:
         return [example.label for example in self.examples if example.label is not None]
+
+    def pick(self, places: Iterable[int]) -> LabelledPrompts:
+        chosen = list(places)
+        examples, prompts = [self.examples[i] for i in chosen], [self.prompts[i] for i in chosen]
+        return LabelledPrompts(examples, prompts, [self.tasks[i] for i in chosen])
+
+    def by_task(self) -> dict[str, LabelledPrompts]:
+        """The examples of each task, by its name, in the order in which tasks come first."""
+        found: dict[str, list[int]] = {}
+        for i, task in enumerate(self.tasks):
+            found.setdefault(task.name, []).append(i)
+        return {name: self.pick(places) for name, places in found.items()}
+
+    @staticmethod
+    def joined(parts: Sequence[LabelledPrompts]) -> LabelledPrompts:
+        """All of these, one behind the other."""
+        examples, prompts = [e for part in parts for e in part.examples], [p for part in parts for p in part.prompts]
+        return LabelledPrompts(examples, prompts, [task for part in parts for task in part.tasks])
 
 
 def encode(model: ActorCritic, task: Task, examples: list[Example]) -> LabelledPrompts:
@@ -58,52 +75,64 @@ def encode(model: ActorCritic, task: Task, examples: list[Example]) -> LabelledP
                 f"model {model.base.name!r}: its tokenizer gives token {max(prompt)} ({example.where}), its embedding has "
                 f"{rows} rows: they do not belong together"
             )
-    return LabelledPrompts(examples, prompts)
+    return LabelledPrompts(examples, prompts, [task] * len(examples))
 
 
-def allowed_answers(model: ActorCritic, task: Task, data: LabelledPrompts) -> TokenTrie | None:
-    """For ``--sample-constrained`` the task's answers, in the tokens that follow its first prompt (all end alike); else None.
+@dataclass(frozen=True)
+class Allowed:
+    """What may be sampled: the answers of all tasks, and of each prompt the node where those of its task begin."""
+
+    answers: TokenTrie | None = None
+    roots: list[int] | None = None
+
+
+def allowed_answers(model: ActorCritic, data: LabelledPrompts) -> Allowed:
+    """For ``--sample-constrained`` each task's answers, in the tokens that follow its first prompt (all end alike); else
+    anything.
 
     Raises:
-        UserError: the answers are numbers, the tokenizer has no tokens for one, or ``--sample-max-new-tokens`` is too few.
+        UserError: answers are numbers, the tokenizer has no tokens for one, or ``--sample-max-new-tokens`` is too few.
     """
     if not model.config.sample.constrained or not len(data):
-        return None
-    if task.span is not None:
-        raise UserError(f"--sample-constrained: answers to task {task.name} are numbers, not one of a few words; leave it off")
-    spelled = spell_answers(model, task, data, range(len(task.labels)))
+        return Allowed()
+    spelled = {}
+    for name, part in data.by_task().items():
+        task = part.tasks[0]
+        if task.span is not None:
+            raise UserError(f"--sample-constrained: answers to task {name} are numbers, not one of a few words; leave it off")
+        spelled[name] = spell_answers(model, part, range(len(task.labels)))
     try:
-        answers = TokenTrie(spelled, model.device)
+        answers = TokenTrie(*spelled.values(), device=model.device)
     except ValueError as error:
         raise UserError(
             f"--sample-constrained: the tokenizer of {model.base.name!r} cannot spell the answers: {error}"
         ) from None
-    longest = answers.longest - bool(task.closing)  # the closing tag ends an answer before its end token is drawn
+    closing = data.tasks[0].closing  # the same of all, for it is the template's
+    longest = answers.longest - bool(closing)  # the closing tag ends an answer before its end token is drawn
     flag, given = _fewest_tokens(model)
     if longest > given:
         raise UserError(
             f"{flag}: {given} is too few for --sample-constrained; expected at least {longest}, the longest answer"
-            f"{'' if task.closing else ' and its end token'}"
+            f"{'' if closing else ' and its end token'}"
         )
-    return answers
+    root_of = dict(zip(spelled, answers.roots, strict=True))
+    return Allowed(answers, [root_of[task.name] for task in data.tasks])
 
 
-def spell_answers(model: ActorCritic, task: Task, data: LabelledPrompts, labels: Sequence[int | float]) -> list[list[int]]:
+def spell_answers(model: ActorCritic, data: LabelledPrompts, labels: Sequence[int | float]) -> list[list[int]]:
     """The token ids of these labels' answers behind the first prompt, each with its end token."""
-    text, prompt = task.prompt(data.examples[0]), data.prompts[0]
+    task, prompt = data.tasks[0], data.prompts[0]
+    text = task.prompt(data.examples[0])
     return [encode_answer(model.base.tokenizer, text, prompt, task.answer(label)) for label in labels]
 
 
-def check_room(model: ActorCritic, task: Task, data: LabelledPrompts) -> None:
+def check_room(model: ActorCritic, data: LabelledPrompts) -> None:
     """Raises UserError where ``--sample-max-new-tokens`` is too few for the answers of the data."""
-    if not len(data):
-        return
     flag, given = _fewest_tokens(model)
-    needed = max(len(tokens) - 1 for tokens in spell_answers(model, task, data, sorted(set(data.labels))))
-    if needed > given:
-        raise UserError(
-            f"{flag}: {given} is too few for the answers of task {task.name}; expected at least {needed}"
-        )
+    for name, part in data.by_task().items():
+        needed = max(len(tokens) - 1 for tokens in spell_answers(model, part, sorted(set(part.labels))))
+        if needed > given:
+            raise UserError(f"{flag}: {given} is too few for the answers of task {name}; expected at least {needed}")
 
 
 def _fewest_tokens(model: ActorCritic) -> tuple[str, int]:
@@ -116,30 +145,42 @@ def _fewest_tokens(model: ActorCritic) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy answers: their texts, parsed labels (None: malformed), the labels scored for them, scores and mean reward."""
+    """Greedy answers to a task's examples: their texts, parsed labels (None: malformed), the labels scored for them, scores
+    and mean reward."""
 
+    data: LabelledPrompts
     texts: list[str]
     predicted: list[int | float | None]
     scored: list[int | float | None]
     scores: dict[str, float]
     reward: float
 
-
-def answer(
-    model: ActorCritic, task: Task, data: LabelledPrompts, check: Callable[[], None] = lambda: None
-) -> tuple[list[str], list[int | float | None]]:
-    """Answer every prompt greedily: the texts, and the labels that they say (None: malformed). Labels need not be known."""
-    answers = allowed_answers(model, task, data)
-    rollout = generate(model, data.prompts, 1, Sampling.greedy(model.config), seed=0, answers=answers, check=check)
-    texts = [s.text for s in rollout.samples]
-    return texts, [task.parse(text) for text in texts]
+    @property
+    def task(self) -> Task:
+        return self.data.tasks[0]
 
 
-def evaluate(
-    model: ActorCritic, task: Task, data: LabelledPrompts, check: Callable[[], None] = lambda: None
-) -> Evaluation:
-    """Answer every prompt greedily and score the answers."""
-    config, (texts, predicted) = model.config, answer(model, task, data, check)
+def answer(model: ActorCritic, data: LabelledPrompts, check: Callable[[], None] = lambda: None) -> list[str]:
+    """Answer every prompt greedily, all at once: the texts. Labels need not be known."""
+    allowed = allowed_answers(model, data)
+    rollout = generate(
+        model, data.prompts, 1, Sampling.greedy(model.config), seed=0, answers=allowed.answers, roots=allowed.roots, check=check
+    )
+    return [sample.text for sample in rollout.samples]
+
+
+def evaluate(model: ActorCritic, data: LabelledPrompts, check: Callable[[], None] = lambda: None) -> list[Evaluation]:
+    """Answer every prompt greedily, and score each task's answers."""
+    texts: dict[str, list[str]] = {}
+    for task, text in zip(data.tasks, answer(model, data, check), strict=True):
+        texts.setdefault(task.name, []).append(text)
+    return [_evaluation(part, texts[name], model.config) for name, part in data.by_task().items()]
+
+
+def _evaluation(data: LabelledPrompts, texts: list[str], config: Config) -> Evaluation:
+    """Of answers to the examples of one task."""
+    task = data.tasks[0]
+    predicted = [task.parse(text) for text in texts]
     rewards = [
         answer_reward(task, gold, said, text, config.reward)
         for gold, said, text in zip(data.labels, predicted, texts, strict=True)
@@ -149,12 +190,28 @@ def evaluate(
         draw = random.Random(config.seed)
         scored = [task.guess(text, draw) if said is None else said for said, text in zip(predicted, texts, strict=True)]
     scores = {**task.score(data.examples, scored), "malformed": predicted.count(None) / len(predicted)}
-    return Evaluation(texts, predicted, scored, scores, sum(rewards) / len(rewards))
+    return Evaluation(data, texts, predicted, scored, scores, sum(rewards) / len(rewards))
 
 
-def with_interval(task: Task, data: LabelledPrompts, result: Evaluation, seed: int) -> dict[str, Any]:
-    """Scores with the bootstrap 95 % intervals of the official metrics: what a stage's row in ``summary.json`` holds."""
-    return row_of(task, data.examples, result.scored, result.scores, seed)
+def mean_reward(results: Sequence[Evaluation]) -> float:
+    """The mean over tasks of their mean rewards: each counts the same, however many examples it has."""
+    return sum(result.reward for result in results) / len(results)
+
+
+def with_interval(results: Sequence[Evaluation], seed: int) -> dict[str, Any]:
+    """What a stage's row in ``summary.json`` holds: scores with the bootstrap 95 % intervals of the official metrics.
+
+    Of several tasks: ``score``, the mean of their first official metrics, with its interval; ``malformed`` and ``n`` of all
+    answers; and each task's own row in ``tasks``, by name.
+    """
+    rows = {r.task.name: row_of(r.task, r.data.examples, r.scored, r.scores, seed) for r in results}
+    if len(rows) == 1:
+        return next(iter(rows.values()))
+    mains = [[rows[r.task.name][f"{r.task.metrics[0]}{end}"] for end in ("", "_low", "_high")] for r in results]
+    score = sum(value for value, _, _ in mains) / len(mains)
+    low, high = mean_interval(mains)
+    malformed, n = sum(r.predicted.count(None) for r in results), sum(len(r.predicted) for r in results)
+    return {"score": score, "malformed": malformed / n, "score_low": low, "score_high": high, "n": n, "tasks": rows}
 
 
 def row_of(
@@ -167,18 +224,20 @@ def row_of(
     return {**row, "n": len(examples)}
 
 
-def write_answers(run: Path, stage: str, data: LabelledPrompts, result: Evaluation) -> None:
-    """Write ``answers/STAGE.jsonl``, one object an example, in their order: where the example stands (``origin``), its
-    ``fields`` and ``label``, the ``answer`` as the policy wrote it, and what that says (``predicted``, null: malformed)."""
+def write_answers(run: Path, stage: str, results: Sequence[Evaluation]) -> None:
+    """Write ``answers/STAGE.jsonl``, one object an example, in their order: its ``task`` where there are several, where it
+    stands (``origin``), its ``fields`` and ``label``, the ``answer`` as the policy wrote it, and what that says
+    (``predicted``, null: malformed)."""
     folder = run / "answers"
     with files.disk_errors(folder):
         folder.mkdir(exist_ok=True)
-    rows = zip(data.examples, result.texts, result.predicted, strict=True)
     files.write_json_lines(
         folder / f"{stage}.jsonl",
         (
-            {"origin": e.origin, "fields": e.fields, "label": e.label, "answer": text, "predicted": predicted}
-            for e, text, predicted in rows
+            ({"task": r.task.name} if len(results) > 1 else {})
+            | {"origin": e.origin, "fields": e.fields, "label": e.label, "answer": text, "predicted": predicted}
+            for r in results
+            for e, text, predicted in zip(r.data.examples, r.texts, r.predicted, strict=True)
         ),
     )
 
@@ -219,23 +278,34 @@ def open_run(run: Path, console: rich.console.Console) -> tuple[Config, Path]:
 def evaluate_run(
     run: Path, data: str | None, split: str, limit: int | None, console: rich.console.Console, name: str | None = None
 ) -> dict[str, Any]:
-    """``fastppo eval``: the run's adapter on its own data or another set; prints one line and returns the scores.
+    """``fastppo eval``: the run's adapter on its own data or another set; prints a line for each task and returns the scores.
 
-    name: of another task than the run's, for its own data.
+    data: as in ``fastppo train``, of the tasks that are evaluated. limit: examples of each task. name: of some of the run's
+    tasks, or of others, for their own data.
     """
     config, adapter = open_run(run, console)
-    task = get_task(config.task if name is None else name, config.template)
-    if task.name != config.task and data is None:
-        raise UserError(f"--task {task.name}: is not the run's task {config.task}; give its data with --data")
-    dataset = load_data(task, data if data is not None else config.data, config.seed)
-    examples = (dataset.dev if split == "dev" else dataset.train)[:limit]
-    if not examples:
-        raise UserError(f"--split {split}: task {task.name} has no {split} split")
+    own = get_tasks(config.task, config.template)
+    tasks = own if name is None else get_tasks(name, config.template)
+    others = [task.name for task in tasks if task.name not in {one.name for one in own}]
+    if others and data is None:
+        what = "the run's task" if len(own) == 1 else "one of the run's tasks"
+        raise UserError(f"--task {others[0]}: is not {what} {config.task}; give its data with --data")
+    given = (config.data, own) if data is None else (data, tasks)
+    sets = load_sets(tasks, given[0], config.seed, of_several=len(given[1]) > 1)
+    chosen = [(dataset.dev if split == "dev" else dataset.train)[:limit] for dataset in sets]
+    for task, examples in zip(tasks, chosen, strict=True):
+        if not examples:
+            raise UserError(f"--split {split}: task {task.name} has no {split} split")
     model = ActorCritic(load_base(config), config)
     load_adapter(model, adapter)
-    encoded = encode(model, task, examples)
-    row = with_interval(task, encoded, evaluate(model, task, encoded), config.seed)
-    if "parity" in task.metrics and "parity" not in row:
-        console.print("no gender parity: no two of these examples differ in the gender of a pronoun alone", soft_wrap=True)
-    console.print(Text(f"{dataset.name} {split}: {shown(row)}  n {row['n']}"), soft_wrap=True)
+    encoded = [encode(model, task, examples) for task, examples in zip(tasks, chosen, strict=True)]
+    row = with_interval(evaluate(model, LabelledPrompts.joined(encoded)), config.seed)
+    rows = row.get("tasks", {tasks[0].name: row})
+    for task, dataset in zip(tasks, sets, strict=True):
+        of_task = rows[task.name]
+        if "parity" in task.metrics and "parity" not in of_task:
+            console.print("no gender parity: no two of these examples differ in the gender of a pronoun alone", soft_wrap=True)
+        console.print(Text(f"{dataset.name} {split}: {shown(of_task)}  n {of_task['n']}"), soft_wrap=True)
+    if len(tasks) > 1:
+        console.print(Text(f"{len(tasks)} tasks {split}: {shown(row)}  n {row['n']}"), soft_wrap=True)
     return row

@@ -22,7 +22,7 @@ from fastppo.errors import UserError, printable
 from fastppo.model.adapters import add_policy
 from fastppo.model.llama_trunk import LlamaTrunk
 from fastppo.model.load import be_quiet, check_decoder, first_line, load_tokenizer, pick_device, pick_dtype, source_of
-from fastppo.tasks import get_task, load_data
+from fastppo.tasks import data_of, get_tasks, load_data
 from fastppo.tasks.data import looks_like_path
 from fastppo.tasks.task import BUILT_IN
 
@@ -107,22 +107,32 @@ def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, str]:
         UserError: a mistake in the data, or in the task's name.
     """
     allowed = Prompts.longest_allowed(sizes, config)
-    task, why = get_task(config.task, config.template), ""
-    given = config.data or task.data
-    on_disk = given is None or given == BUILT_IN or os.path.exists(os.path.expanduser(given))
-    if not on_disk and not looks_like_path(str(given)):
-        why = f"data {given!r} is not on this disk; on the hub it was not looked for"
+    tasks = get_tasks(config.task, config.template)
+    given = [config.data if len(tasks) == 1 else data_of(task, config.data) for task in tasks]
+    used = [data or task.data for task, data in zip(tasks, given, strict=True)]
+    elsewhere = [data for data in used if data is not None and not _on_disk(data)]
+    if elsewhere:
+        why = f"data {elsewhere[0]!r} is not on this disk; on the hub it was not looked for"
     else:
+        why = ""
         try:
             tokenizer = load_tokenizer(*source_of(config), config.trust_remote_code)
         except UserError:
             why = "its tokenizer cannot be loaded"
     if why:
         return allowed, why
-    data = load_data(task, config.data, config.seed)
     limit, name = prompt_limit(config, sizes.positions)
-    examples = [*data.train, *data.dev]
-    return Prompts.of(encode_prompts(tokenizer, task, examples, limit=limit, limit_name=name)), ""
+    prompts = []
+    for task, data in zip(tasks, given, strict=True):
+        loaded = load_data(task, data, config.seed)
+        examples = [*loaded.train, *loaded.dev]
+        prompts += encode_prompts(tokenizer, task, examples, limit=limit, limit_name=name)
+    return Prompts.of(prompts), ""
+
+
+def _on_disk(data: str) -> bool:
+    """Or meant to be: what looks like a path is one that loading finds missing."""
+    return data == BUILT_IN or os.path.exists(os.path.expanduser(data)) or looks_like_path(data)
 
 
 def shapes(config: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:

@@ -110,7 +110,8 @@ def _write(
 ) -> None:  # fmt: skip
     """Answer the examples and write their file; says how many answers were none, and what is written for them."""
     task = job.task
-    texts, predicted = answer(model, task, encode(model, task, examples))
+    texts = answer(model, encode(model, task, examples))
+    predicted = [task.parse(text) for text in texts]
     labels = [task.guess(text, draw) if said is None else said for text, said in zip(texts, predicted, strict=True)]
     with files.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,11 @@ TITLES = {
 """What `fastppo.tasks.metrics.METRICS` are called."""
 
 
+def title(name: str) -> str:
+    """A metric's name in texts; of one that is not a task's, such as the mean ``score`` of several tasks, its words."""
+    return TITLES.get(name, name.replace("_", " "))
+
+
 def with_intervals(row: Mapping[str, float]) -> list[str]:
     """The names of a row's metrics that have an interval."""
     return [name for name in row if f"{name}_low" in row]
@@ -22,7 +27,7 @@ def figure(row: Mapping[str, float], name: str) -> str:
 
 def shown(row: Mapping[str, float]) -> str:
     """A row as one line: metrics with intervals, then fractions."""
-    parts = [f"{TITLES[name]} {figure(row, name)}" for name in with_intervals(row)]
+    parts = [f"{title(name)} {figure(row, name)}" for name in with_intervals(row)]
     if "accuracy" in row and "accuracy_low" not in row:
         parts.append(f"accuracy {row['accuracy']:.1%}")
     return "  ".join([*parts, f"malformed {row['malformed']:.1%}"])

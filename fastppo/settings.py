@@ -83,7 +83,7 @@ class ValueConfig:
 class SftConfig:
     """The supervised warm start: cross-entropy on the answer only."""
 
-    examples: int = _setting(400, "labelled examples used (0 skips the stage)", low=0)
+    examples: int = _setting(400, "labelled examples used, of each task (0 skips the stage)", low=0)
     epochs: int = _setting(4, "passes over them", low=1)
     lr: float = _setting(
         1e-3, "learning rate of AdamW; 0.0002 where --model is given", f"{OURS}: tuned on the built-in model; {LORA_LR}",
@@ -204,7 +204,7 @@ class RewardConfig:
 class Config:
     """All settings of a run."""
 
-    task: str = _setting("cola", "task to train on", pattern=(r"\S+", "the name of a task"))
+    task: str = _setting("cola", "task to train on, or several: A,B", pattern=(r"\S+", "the name of a task, or A,B"))
     template: str = _setting(
         "short",
         "how the task is asked: short ends with the end token, tagged with </answer>",
@@ -218,7 +218,7 @@ class Config:
         choices=("wrong", "random"),
     )
     model: str | None = _setting(None, "model folder or hub name (none: the built-in tiny model)")
-    data: str | None = _setting(None, "data folder, file or hub name (none: the built-in corpus)")
+    data: str | None = _setting(None, "data folder, file or hub name (none: the built-in corpus); of several their folder")
     out: str | None = _setting(None, "run folder to make (none: runs/TASK-TIME)")
     seed: int = _setting(0, "seed of everything random", low=0, high=2**32 - 1)
     device: str = _setting(
@@ -232,8 +232,8 @@ class Config:
         "nf4: Dettmers et al. 2023, QLoRA (arXiv 2305.14314)",
         choices=("auto", "float32", "bfloat16", "float16", "nf4"),
     )
-    train_examples: int | None = _setting(None, "use only the first N of the shuffled train set", low=1)
-    valid_examples: int = _setting(400, "held out of train to pick the best checkpoint, at most a tenth", low=0)
+    train_examples: int | None = _setting(None, "use only the first N of the shuffled train set, of each task", low=1)
+    valid_examples: int = _setting(400, "held out of train to pick the best checkpoint, of each task, at most a tenth", low=0)
     eval_every: int = _setting(10, "PPO iterations between validations", low=1)
     checkpoint_every: int = _setting(10, "steps between checkpoints (SFT steps, PPO iterations)", low=1)
     micro_batch_tokens: int | None = _setting(

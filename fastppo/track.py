@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fastppo.errors import printable
 from fastppo.files import JsonLines
-from fastppo.scores import TITLES, figure, with_intervals
+from fastppo.scores import figure, title, with_intervals
 
 SHOWN = {  # the metrics on the progress line, in this order (valid: the task's first official one); metrics.jsonl has them all
     "loss": "loss {:.4f}",
@@ -106,9 +106,9 @@ class Tracker:
 
     def _line(self, n: int, metrics: Mapping[str, Any]) -> str:
         valid = next((name for name in metrics if name.startswith("valid_") and name != "valid_reward"), "")
-        title = TITLES.get(valid.removeprefix("valid_"))
+        metric = title(valid.removeprefix("valid_"))
         values = {**metrics, "valid": metrics.get(valid)}
-        parts = [f.format(float(values[key]), title=title) for key, f in SHOWN.items() if values.get(key) is not None]
+        parts = [f.format(float(values[key]), title=metric) for key, f in SHOWN.items() if values.get(key) is not None]
         if self._start < n < self._total:
             seconds = (time.monotonic() - self._began) / (n - self._start) * (self._total - n)
             parts.append(f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}")
@@ -140,7 +140,7 @@ class Tracker:
         """Shows `summary["stages"]`: one row for each of zero_shot, sft and ppo that was run.
 
         A stage has its metrics, each with `_low` and `_high` (shown of the first), accuracy where there is one and malformed
-        (fractions of 1), and `labels`, how many it has seen.
+        (fractions of 1), and `labels`, how many it has seen; of several tasks, the rows of each in `tasks`.
         """
         self._end_stage()
         rows = {name: summary["stages"][name] for name in STAGES if name in summary["stages"]}
@@ -149,10 +149,23 @@ class Tracker:
         fractions = [name for name in ("accuracy", "malformed") if name in first and name != main]
         more = [name for name in more if name not in fractions]
         table = Table("stage")
-        headings = [f"{TITLES[main]} [95 % interval]"] if main else []
-        for heading in (*headings, *(TITLES[name] for name in more), *fractions, "labels seen"):
+        headings = [f"{title(main)} [95 % interval]"] if main else []
+        for heading in (*headings, *(title(name) for name in more), *fractions, "labels seen"):
             table.add_column(Text(heading), justify="right")
         for stage, row in rows.items():
             figures = [figure(row, main), *(f"{row[name]:z.3f}" for name in more), *(f"{row[name]:.1%}" for name in fractions)]
             table.add_row(*map(Text, (STAGES[stage], *figures, f"{row['labels']:,}")))
         self._console.print(table)
+        if "tasks" in first:
+            self._console.print(_of_tasks(rows))
+
+
+def _of_tasks(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The first metric of each task, by stage."""
+    table = Table("task")
+    for stage in rows:
+        table.add_column(STAGES[stage], justify="right")
+    for name, of_task in next(iter(rows.values()))["tasks"].items():
+        main = with_intervals(of_task)[0]
+        table.add_row(*map(Text, (f"{name} ({title(main)})", *(figure(row["tasks"][name], main) for row in rows.values()))))
+    return table

@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,29 +24,27 @@ from fastppo import config as config_module
 from fastppo.algorithms import optim, ppo
 from fastppo.algorithms.ppo import Estimates
 from fastppo.algorithms.sft import sft_step
-from fastppo.batch.encode import encode_answer
 from fastppo.batch.rollout import MiniBatch, Rollout, Sample, pack_rollout
 from fastppo.budget import Prompts
 from fastppo.config import Config
 from fastppo.errors import Interrupted, UserError
-from fastppo.evaluate import LabelledPrompts, allowed_answers, check_room, encode, evaluate, with_interval, write_answers
+from fastppo.evaluate import allowed_answers, check_room, evaluate, mean_reward, with_interval, write_answers
 from fastppo.interrupt import Interruptible
 from fastppo.machine import cpu_name
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import load_base
 from fastppo.model.nf4 import in_4_bits
 from fastppo.model.out_of_memory import shrink_micro_batch, with_less_memory
-from fastppo.rewards.rules import answer_reward
+from fastppo.rewards.marks import Marks
 from fastppo.rewards.stream import RewardStream
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo.rollout.trie import TokenTrie
+from fastppo.run_data import RunData
 from fastppo.scores import shown
-from fastppo.tasks import get_task_to_train, load_data
+from fastppo.streams import PPO_LENGTH, PPO_UPDATE, rng
+from fastppo.tasks import get_tasks, load_sets
 from fastppo.tasks.task import BUILT_IN
 from fastppo.track import Tracker
-
-# Streams of randomness, each drawn from (seed, stream, step): no generator state to save, nothing to drift on resuming.
-SPLIT, SFT_ORDER, PPO_ORDER, PPO_UPDATE, PPO_LENGTH = range(5)
 
 PPO_PHASES = ("sample", "score", "estimate", "update")  # of ``seconds``: what samples_per_s counts
 
@@ -103,6 +101,7 @@ def ppo_iteration(
     check: Callable[[Estimates], None] = lambda _: None,
     critic_only: bool = False,
     answers: TokenTrie | None = None,
+    roots: Sequence[int] | None = None,
     finished: Callable[[int, Sample], None] | None = None,
     timed: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Iteration:
@@ -112,21 +111,21 @@ def ppo_iteration(
         score: the reward of each sample of a rollout.
         check: called before the update; it may raise to stop.
         critic_only: only the critic learns.
-        answers, finished: as in ``generate``; with a `RewardStream` as ``score``, its ``finished``.
+        answers, roots, finished: as in ``generate``; with a `RewardStream` as ``score``, its ``finished``.
         timed: a context around each of `PPO_PHASES`, for a clock.
     """
     with timed("sample"):
         rollout = generate(
-            model, prompts, config.ppo.samples, Sampling.drawn(config, _rng(config, PPO_LENGTH, step)),
+            model, prompts, config.ppo.samples, Sampling.drawn(config, rng(config.seed, PPO_LENGTH, step)),
             seed=config.seed, first_id=step * len(prompts) * config.ppo.samples,
-            answers=answers, finished=finished,
+            answers=answers, roots=roots, finished=finished,
         )  # fmt: skip
     with timed("score"):
         rewards = score(rollout)
     with timed("estimate"):  # the first iteration shares no forward with the update: its first ratio is a check
         minibatches = pack_rollout(
             rollout, minibatches=config.ppo.minibatches, budget=model.micro_batch_tokens,
-            padded=not model.backbone.packed, device=model.device, rng=_rng(config, PPO_UPDATE, step),
+            padded=not model.backbone.packed, device=model.device, rng=rng(config.seed, PPO_UPDATE, step),
         )  # fmt: skip
         estimates = with_less_memory(
             model,
@@ -142,13 +141,9 @@ def ppo_iteration(
         factor = optim.lr_factor(step, config.ppo.iterations, config.ppo.warmup, config.ppo.schedule)
         optim.set_lr(optimizer, config.ppo.lr * factor)
         metrics = ppo.update(
-            model, optimizer, minibatches, kl_coef, config, _rng(config, PPO_UPDATE, step, 1), critic_only=critic_only
+            model, optimizer, minibatches, kl_coef, config, rng(config.seed, PPO_UPDATE, step, 1), critic_only=critic_only
         )
     return Iteration(rollout, rewards, minibatches, estimates, metrics)
-
-
-def _rng(config: Config, stream: int, *place: int) -> np.random.Generator:
-    return np.random.default_rng([config.seed, stream, *place])
 
 
 def train(config: Config, run: Path, console: rich.console.Console) -> dict[str, Any]:
@@ -195,20 +190,14 @@ class Trainer:
     def __init__(self, config: Config, run: Path, console: rich.console.Console, stop: Interruptible):
         self.config, self.run, self.console, self.stop = config, run, console, stop
         make_torch_repeatable()
-        self.task = get_task_to_train(config.task, config.template)
-        self.dataset = load_data(self.task, config.data, config.seed)
+        tasks = get_tasks(config.task, config.template, to_train=True)
+        sets = load_sets(tasks, config.data, config.seed, of_several=len(tasks) > 1)
         self.model = ActorCritic(load_base(config), config)
         stop.check()
-        examples = self.dataset.train
-        order = _rng(self.config, SPLIT).permutation(len(examples))[: config.train_examples].tolist()
-        valid = min(config.valid_examples, len(order) // 10)
-        self.dev = encode(self.model, self.task, self.dataset.dev)
-        self.valid = encode(self.model, self.task, [examples[i] for i in order[:valid]])
-        self.train = encode(self.model, self.task, [examples[i] for i in order[valid:]])
-        self.model.choose(Prompts.of([*self.train.prompts, *self.valid.prompts, *self.dev.prompts]))
-        self.warm = self.train[: config.sft.examples]
-        self.allowed = allowed_answers(self.model, self.task, self.train)
-        check_room(self.model, self.task, self.train)
+        self.data = data = RunData.encoded(self.model, tasks, sets, config)
+        self.model.choose(Prompts.of([*data.train.prompts, *data.valid.prompts, *data.dev.prompts]))
+        self.allowed = allowed_answers(self.model, data.train)
+        check_room(self.model, data.train)
         self.state = State(kl_coef=config.ppo.kl_coef, fingerprint=self._fingerprint())
         self._new_optimizer()
         self.best = self.model.state()
@@ -232,10 +221,10 @@ class Trainer:
             self._finish_stage("zero_shot", "sft", labels=0)
         if self.state.stage == "sft":
             self.sft()
-            self._finish_stage("sft", "ppo", labels=len(self.warm), skipped=not len(self.warm))
+            self._finish_stage("sft", "ppo", labels=len(self.data.warm), skipped=not self.data.warm)
         if self.state.stage == "ppo":
             self.ppo()
-            self._finish_stage("ppo", "done", labels=self._labels_seen(), skipped=self.config.ppo.iterations == 0)
+            self._finish_stage("ppo", "done", labels=self.data.labels_seen(), skipped=self.config.ppo.iterations == 0)
         summary = self.summary()
         files.write_json(self.run / "summary.json", summary)
         report.write_report(self.run, self.run / report.NAME)
@@ -246,64 +235,58 @@ class Trainer:
 
     def sft(self) -> None:
         """Cross-entropy on the answers of the warm-start examples."""
-        config, data = self.config.sft, self.warm
-        per_epoch = -(-len(data) // config.batch_size)
-        total = per_epoch * config.epochs
+        config, data = self.config.sft, self.data
+        total = data.sft_steps * config.epochs
         if self.state.step == total:
             return
-        answers = self._answers(data)
+        answers = data.answers(self.model)
         self.tracker.stage("SFT", total, self.state.step)
         while self.state.step < total:
             step = self.state.step
-            chosen = (
-                _rng(self.config, SFT_ORDER, step // per_epoch).permutation(len(data))[step % per_epoch :: per_epoch].tolist()
-            )
+            chosen = data.sft_batch(step)
             with self._timed("sft"):
                 optim.set_lr(self.optimizer, config.lr * optim.lr_factor(step, total, config.warmup, "linear"))
                 metrics = sft_step(
                     self.model,
                     self.optimizer,
                     self.config,
-                    [data.prompts[i] for i in chosen],
+                    [data.train.prompts[i] for i in chosen],
                     [answers[i] for i in chosen],
                 )
             self._end_step(metrics, last=step + 1 == total)
 
     def ppo(self) -> None:
         """Sample, score, estimate, update; validate and keep the best."""
-        config, data, state, model = self.config.ppo, self.train, self.state, self.model
+        config, train, state, model = self.config.ppo, self.data.train, self.state, self.model
         if config.iterations == 0:
             return
         if state.step == 0:
             if ppo.needs_reference(self.config) and config.reference == "start":
                 model.freeze_reference()
             self._validate()
-        labels = data.labels
+        labels, allowed = train.labels, self.allowed
         self.tracker.stage("PPO", config.iterations, state.step)
         while state.step < config.iterations:
             step, critic_only = state.step, state.step < self.config.value.warmup
-            chosen = self._ppo_prompts(step)
-            gold = [labels[i] for i in chosen for _ in range(config.samples)]
-            predicted: list[Any] = [None] * len(gold)
-            score = RewardStream(partial(self._reward, gold, predicted))
+            chosen = self.data.ppo_prompts(step)
+            samples = [i for i in chosen for _ in range(config.samples)]
+            marks = Marks([train.tasks[i] for i in samples], [labels[i] for i in samples], self.config.reward)
+            score = RewardStream(marks.reward)
             done = ppo_iteration(
-                model, self.optimizer, [data.prompts[i] for i in chosen], score, state.kl_coef, self.config, step=step,
-                check=self._check_gap, critic_only=critic_only, answers=self.allowed, finished=score.finished,
-                timed=self._timed,
+                model, self.optimizer, [train.prompts[i] for i in chosen], score, state.kl_coef, self.config, step=step,
+                check=self._check_gap, critic_only=critic_only, answers=allowed.answers,
+                roots=allowed.roots and [allowed.roots[i] for i in chosen], finished=score.finished, timed=self._timed,
             )  # fmt: skip
             rewards, estimates = done.rewards, done.estimates
             trees = [part.tree for mini in done.minibatches for part in mini.parts]
             metrics = done.metrics | {
-                "reward": float(np.mean(rewards)),
-                **self._closeness(gold, predicted),
-                "malformed": float(np.mean([p is None for p in predicted])),
+                **self.data.named(*marks.metrics(rewards)),
                 "length": float(np.mean([len(s.tokens) for s in done.rollout.samples])),
                 "sampler_gap": estimates.sampler_gap,
                 "tokens_tree": sum(tree.n_tokens for tree in trees),
                 "tokens_padded": sum(tree.padded_tokens for tree in trees),
-                **_reward_by_class(gold, rewards),
             }  # fmt: skip
-            if self.allowed is not None:
+            if allowed.answers is not None:
                 metrics["constrained_mass"] = float(np.mean([s.mass for s in done.rollout.samples]))
             if estimates.kl is not None:
                 metrics |= {"kl": estimates.kl, "kl_coef": state.kl_coef}
@@ -315,18 +298,6 @@ class Trainer:
             metrics["samples_per_s"] = state.samples / sum(state.seconds[k] for k in PPO_PHASES)
             self._record_samples(done.rollout, rewards, chosen)
             self._end_step(metrics, last=step + 1 == config.iterations)
-
-    def _reward(self, gold: list[Any], predicted: list[Any], index: int, sample: Sample) -> float:
-        """The reward of a sample of a rollout; what its answer says is put into ``predicted``."""
-        predicted[index] = self.task.parse(sample.text)
-        return answer_reward(self.task, gold[index], predicted[index], sample.text, self.config.reward)
-
-    def _closeness(self, gold: list[Any], predicted: list[Any]) -> dict[str, float]:
-        """Fraction of right answers; of numbers the mean error of those that are one, if any."""
-        if self.task.span is None:
-            return {"accuracy": float(np.mean([p == g for p, g in zip(predicted, gold, strict=True)]))}
-        errors = [abs(p - g) for p, g in zip(predicted, gold, strict=True) if p is not None]
-        return {"error": float(np.mean(errors))} if errors else {}
 
     # -- what the stages share ----------------------------------------------------------------------------------------
 
@@ -356,16 +327,21 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """Score the policy on the examples held out of train; keep it if its mean reward is the best so far."""
-        if not len(self.valid):  # nothing to choose by: the newest is kept
+        if not len(self.data.valid):  # nothing to choose by: the newest is kept
             self._keep_best()
             return {}
         with self._timed("evaluate"):
-            result = evaluate(self.model, self.task, self.valid)
-        if self.state.best_reward is None or result.reward > self.state.best_reward:
-            self.state.best_reward = result.reward
+            results = evaluate(self.model, self.data.valid)
+        reward = mean_reward(results)
+        if self.state.best_reward is None or reward > self.state.best_reward:
+            self.state.best_reward = reward
             self._keep_best()
-        scores = {f"valid_{name}": value for name, value in result.scores.items() if name not in ("malformed", "n")}
-        return {"valid_reward": result.reward, **scores}
+        of_tasks = {r.task.name: {"reward": r.reward, **r.scores} for r in results}
+        score = float(np.mean([r.scores[r.task.metrics[0]] for r in results]))
+        return self.data.named(
+            {name: {f"valid_{key}": of[key] for key in of if key not in ("malformed", "n")} for name, of in of_tasks.items()},
+            {"valid_reward": reward, "valid_score": score},
+        )
 
     def _keep_best(self) -> None:
         self.best, self.state.best_step = self.model.state(), self.state.step
@@ -381,11 +357,11 @@ class Trainer:
             if name == "ppo":
                 self.model.load_state(self.best)
             with self._timed("evaluate"):
-                result = evaluate(self.model, self.task, self.dev, self.stop.check)
-                row = with_interval(self.task, self.dev, result, self.config.seed)
+                results = evaluate(self.model, self.data.dev, self.stop.check)
+                row = with_interval(results, self.config.seed)
             self.state.stages[name] = {**row, "labels": labels}
             self.tracker.note(f"{name}: {shown(row)}")
-            write_answers(self.run, name, self.dev, result)
+            write_answers(self.run, name, results)
         if name == "sft" or following == "done":
             self._save_adapter()
         self.state.stage, self.state.step = following, 0
@@ -433,33 +409,16 @@ class Trainer:
                 "what is sampled is not what is trained; checkpoints are intact"
             )
 
-    def _ppo_prompts(self, step: int) -> list[int]:
-        """Indices of an iteration's prompts: consecutive slices of one shuffle after another."""
-        n, size = len(self.train), self.config.ppo.prompts
-        places = range(step * size, (step + 1) * size)
-        orders = {epoch: _rng(self.config, PPO_ORDER, epoch).permutation(n) for epoch in {place // n for place in places}}
-        return [int(orders[place // n][place % n]) for place in places]
-
-    def _labels_seen(self) -> int:
-        steps = range(-(-len(self.train) // self.config.ppo.prompts)) if self.config.ppo.iterations else range(0)
-        rewarded = {i for step in steps if step < self.config.ppo.iterations for i in self._ppo_prompts(step)}
-        return len(rewarded | set(range(len(self.warm))))
-
-    def _answers(self, data: LabelledPrompts) -> list[list[int]]:
-        tokenizer, task = self.model.base.tokenizer, self.task
-        return [
-            encode_answer(tokenizer, task.prompt(example), prompt, task.answer(label))
-            for example, prompt, label in zip(data.examples, data.prompts, data.labels, strict=True)
-        ]
-
     def _record_samples(self, rollout: Rollout, rewards: list[float], chosen: list[int]) -> None:
         """A few of the iteration's answers, for ``samples.jsonl``, as in ``answers/`` with the example's ``fields``."""
         k = self.config.ppo.samples
         for i in range(0, min(len(rewards), 4 * k), k):
             sample = rollout.samples[i]
-            example = self.train.examples[chosen[sample.prompt]]
+            place = chosen[sample.prompt]
+            example, task = self.data.train.examples[place], self.data.train.tasks[place]
+            named = {"task": task.name} if self.data.several else {}
             self.tracker.samples(
-                [{"step": self.state.step + 1, "fields": example.fields, "label": example.label, "answer": sample.text,
+                [{"step": self.state.step + 1, **named, "fields": example.fields, "label": example.label, "answer": sample.text,
                   "finish": sample.finish, "reward": rewards[i]}]
             )  # fmt: skip
 
@@ -476,9 +435,9 @@ class Trainer:
         settings = config_module.to_dict(self.config) | {"out": None}
         versions = _versions(self.model)
         digest = hashlib.sha256(repr((settings, versions, str(self.model.device), self.model.base.eos_ids)).encode())
-        for part in (self.train, self.valid, self.dev):
+        for part in (self.data.train, self.data.valid, self.data.dev):
             digest.update(repr((part.prompts, part.labels)).encode())
-        digest.update(repr(self._answers(self.warm)).encode())
+        digest.update(repr(list(self.data.answers(self.model).values())).encode())
         for name, parameter in self.model.base.model.named_parameters():
             if "lora_" not in name:
                 digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -491,17 +450,16 @@ class Trainer:
 
     def _announce(self) -> None:
         config, note = self.config, self.tracker.note
-        builtin = ["model"] * (config.model is None) + ["corpus"] * (self.dataset.origin == BUILT_IN)
+        builtin = ["model"] * (config.model is None) + ["corpus"] * any(data.origin == BUILT_IN for data in self.data.sets)
         if builtin:
-            data = ":".join(self.task.hub) if self.task.hub else config.data
+            hub = self.data.tasks[0].hub
+            data = "FOLDER" if self.data.several else ":".join(hub) if hub else config.data
             on = "" if data is None else f" --data {shlex.quote(data)}"
             note(REAL_MODEL_HINT.format(what=" and ".join(builtin), task=shlex.quote(config.task), on=on))
-        note(
-            f"run {self.run}: {len(self.dataset.train):,} train rows ({len(self.warm):,} for SFT, {len(self.train):,} for PPO, "
-            f"{len(self.valid):,} held out to choose the checkpoint), {len(self.dev):,} dev rows"
-        )
-        if self.dataset.note:
-            note(self.dataset.note)
+        first, *more = self.data.counts()
+        note(f"run {self.run}: {first}")
+        for line in more:
+            note(line)
         if self.model.backbone.modules_because:
             note(f"{self.model.backbone.modules_because}; running transformers' modules, with the same results")
         if not self.model.backbone.packed:
@@ -514,12 +472,9 @@ class Trainer:
         """What ``setup.json`` holds from the first step on: what is trained, on what, and name and answer of each label id."""
         device, dtype = self.model.device, str(self.model.backbone.head.weight.dtype).removeprefix("torch.")
         return {
-            "task": self.config.task,
-            "metric": self.task.metrics[0],
-            "labels": list(self.task.label_names),
-            "answers": [self.task.answer(label).strip() for label in range(len(self.task.label_names))],
+            "task": ",".join(task.name for task in self.data.tasks),
+            **self.data.setup(),
             "model": self.config.model or "built-in",
-            "data": self.dataset.summary(),
             "seed": self.config.seed,
             "device": str(device),
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),

@@ -204,7 +204,7 @@ def test_second_signal_in_a_checkpoint(world, tmp_path, unbroken):
 
 def test_stopped_before_the_model_is_loaded_leaves_nothing(world, tmp_path):
     run = tmp_path / "run"
-    code, _, err = call(world.argv(run), tmp_path, kill_at, "fastppo.trainer", "load_data", 1, signal.SIGINT)
+    code, _, err = call(world.argv(run), tmp_path, kill_at, "fastppo.trainer", "load_sets", 1, signal.SIGINT)
     assert code == 130 and err.endswith("fastppo: stopped by SIGINT; nothing was trained yet\n")
     assert not run.exists()
 

@@ -141,22 +141,22 @@ def test_numbers_cannot_be_constrained():
     model, task = make_model("llama", sample__constrained=True, sample__max_new_tokens=9), get_task("stsb")
     data = encode(model, task, [Example({"sentence1": "a", "sentence2": "b"}, 2.0, "x:1")])
     with pytest.raises(UserError, match="^--sample-constrained: answers to task stsb are numbers, not one of a few words"):
-        allowed_answers(model, task, data)
+        allowed_answers(model, data)
 
 
 def test_too_few_tokens_for_an_answer_is_an_error():
     model, task = make_model("llama", template="tagged", sample__max_new_tokens=4), get_task("rte", "tagged")
     data = encode(model, task, [Example({"premise": "a", "hypothesis": "b"}, label, "x:1") for label in (0, 1)])
     with pytest.raises(UserError, match=r"^--sample-max-new-tokens: 4 is too few for .* task rte; .* least \d+$") as error:
-        check_room(model, task, data)
+        check_room(model, data)
     needed = int(str(error.value).split()[-1])
     for given, fits in ((needed - 1, False), (needed, True)):
         model = make_model("llama", template="tagged", sample__max_new_tokens=given)
         if fits:
-            check_room(model, task, data)
+            check_room(model, data)
         else:
             with pytest.raises(UserError):
-                check_room(model, task, data)
+                check_room(model, data)
 
 
 def test_unparsable_answers_are_wrong_or_guessed_and_always_counted():
@@ -167,12 +167,12 @@ def test_unparsable_answers_are_wrong_or_guessed_and_always_counted():
     for fallback in ("wrong", "random"):
         model = make_model("llama", template="tagged", fallback=fallback, sample__max_new_tokens=4)
         data = encode(model, task, examples)
-        found[fallback] = evaluate(model, task, data)
-        again = evaluate(model, task, data)
+        found[fallback] = evaluate(model, data)
+        again = evaluate(model, data)
         assert again == found[fallback]
-        row = with_interval(task, data, found[fallback], 0)
+        row = with_interval(found[fallback], 0)
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] and row["malformed"] == 1.0
-    wrong, guessed = found["wrong"], found["random"]
+    (wrong,), (guessed,) = found["wrong"], found["random"]
     assert wrong.predicted == guessed.predicted == [None] * 60 and wrong.reward == guessed.reward == -2.0
     assert wrong.scores["accuracy"] == 0.0 and 0.15 < guessed.scores["accuracy"] < 0.55
     assert wrong.scores["malformed"] == guessed.scores["malformed"] == 1.0
@@ -210,8 +210,8 @@ def test_examples_keep_their_group_in_evaluation():
     fields = [{"passage": "a", "question": f"{i // 4}", "candidate": f"{i}"} for i in range(16)]
     examples = [Example(fields[i], i % 2, f"x:{i}", f"q{i // 4}") for i in range(16)]
     data = encode(model, task, examples)
-    scores = evaluate(model, task, data).scores
-    said = evaluate(model, task, data).predicted
+    (found,) = evaluate(model, data)
+    scores, said = found.scores, found.predicted
     whole = [all(said[i] == i % 2 for i in range(q, q + 4)) for q in range(0, 16, 4)]
     assert scores["em"] == sum(whole) / 4
     alone = [replace(example, group=example.origin) for example in examples]

@@ -38,6 +38,33 @@ class Records:
         return {name: as_dict(row) for name, row in as_dict(self.results.get("stages")).items()}
 
 
+def by_task(records: Records) -> dict[str, Records]:
+    """Of a run of several tasks what there is of each, by its name, as if it were all of a run; {} of a run of one task."""
+    return {name: _of_task(records, name, as_dict(setup)) for name, setup in as_dict(records.setup.get("tasks")).items()}
+
+
+def _of_task(records: Records, name: str, setup: dict[str, Any]) -> Records:
+    start = f"{name}/"
+    rows = {stage: as_dict(as_dict(row.get("tasks")).get(name)) for stage, row in records.stages.items()}
+    measured = [
+        {key.removeprefix(start): value for key, value in row.items() if key in ("stage", "step") or key.startswith(start)}
+        for row in records.metrics
+    ]
+    return Records(
+        records.run,
+        setup=setup,
+        results={
+            "stages": {stage: row for stage, row in rows.items() if row},
+            "metric": setup.get("metric"),
+            "best_step": records.results.get("best_step"),
+        },
+        finished=records.finished,
+        metrics=[row for row in measured if row.keys() - {"stage", "step"}],
+        samples=[{key: row[key] for key in row if key != "task"} for row in records.samples if row.get("task") == name],
+        answers={stage: [row for row in rows if row.get("task") == name] for stage, rows in records.answers.items()},
+    )
+
+
 def read_records(run: Path) -> Records:
     """Reads a run's folder. No file of it is needed but the folder itself.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ from fastppo import files
 from fastppo.report import blocks
 from fastppo.report.answers import Labels, before_and_after, given_and_right
 from fastppo.report.blocks import Section, Series, is_number, number
-from fastppo.report.read import Records, as_dict, read_records
-from fastppo.scores import TITLES
+from fastppo.report.read import Records, as_dict, by_task, read_records
+from fastppo.scores import title
 from fastppo.track import STAGES
 
 NAME = "report.html"
@@ -85,16 +85,15 @@ def write_report(run: Path, to: Path) -> None:
 def run_report(run: Path) -> str:
     """The report of a run, as HTML."""
     records = read_records(run)
-    labels = Labels.of(records.setup)
+    tasks = by_task(records)
     task = records.setup.get("task") or (records.config.task if records.config else "run")
     return blocks.page(
         f"fastppo: {task}",
         _subtitle(records),
         [
-            Section("Results", _results(records)),
-            *_curves(records, labels),
-            given_and_right(records, labels),
-            before_and_after(records, labels),
+            Section("Results", [*_results(records), _overview(tasks)]),
+            *_curves(records, tasks),
+            *_answers(records, tasks),
             Section("Time and tokens", [blocks.grid(*_costs(records))]),
             Section("Settings", _settings(records)),
             Section("Device and checks", [_device(records)]),
@@ -102,6 +101,19 @@ def run_report(run: Path) -> str:
         badge="" if records.finished else "not finished",
         notes=records.notes if records.finished else [_unfinished(records), *records.notes],
     )
+
+
+def _answers(records: Records, tasks: Mapping[str, Records]) -> Iterable[Section]:
+    """What was answered; of several tasks each with its own results and curves in front of that."""
+    for name, of_task in tasks.items():
+        labels = Labels.of(of_task.setup)
+        sections = [Section("Results", _results(of_task)), *_curves(of_task, {}), given_and_right(of_task, labels)]
+        for section in (*sections, before_and_after(of_task, labels)):
+            yield Section(f"{name}: {section.title[:1].lower()}{section.title[1:]}", section.blocks, section.text)
+    if not tasks:
+        labels = Labels.of(records.setup)
+        yield given_and_right(records, labels)
+        yield before_and_after(records, labels)
 
 
 def _subtitle(records: Records) -> str:
@@ -124,10 +136,6 @@ def _unfinished(records: Records) -> str:
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def metric_name(key: str) -> str:
-    return TITLES.get(key, key.replace("_", " "))
-
-
 def main_metric(row: dict[str, Any], said: object = None) -> str | None:
     """The metric that a task is judged by: the one that was said, else the first with an interval, else the first score."""
     scores = [k for k, v in row.items() if is_number(v) and k not in NOT_SCORES]
@@ -145,7 +153,7 @@ def _results(records: Records) -> list[Markup]:
     scores = [k for k in keys if k not in NOT_SCORES and not (k.endswith(("_low", "_high")) and k.rpartition("_")[0] in keys)]
     scores.sort(key=lambda k: k != metric)
     columns = [*scores, *(k for k in ("malformed", "n", "labels") if k in keys)]
-    heads = [{"n": "dev rows", "labels": "labels seen"}.get(k, metric_name(k)) for k in columns]
+    heads = [{"n": "dev rows", "labels": "labels seen"}.get(k, title(k)) for k in columns]
     table = blocks.table(
         ["", *heads], [[STAGES.get(name, name), *(_score(row, k) for k in columns)] for name, row in stages.items()],
         caption="In brackets: bootstrap 95 % intervals over the dev rows." if metric and f"{metric}_low" in keys else "",
@@ -155,9 +163,22 @@ def _results(records: Records) -> list[Markup]:
         for stage, row in stages.items()
     ]
     plot = blocks.interval_plot(
-        metric_name(metric or ""), bounds, explained="on the dev set, with 95 % interval", percent=metric in IN_PERCENT
+        title(metric or ""), bounds, explained="on the dev set, with 95 % interval", percent=metric in IN_PERCENT
     )
     return [_tiles(records, metric), blocks.beside(table, plot)]
+
+
+def _overview(tasks: Mapping[str, Records]) -> Markup:
+    """The main metric of each of several tasks, by stage."""
+    stages = list(dict.fromkeys(stage for of_task in tasks.values() for stage in of_task.stages))
+    rows: list[list[object]] = []
+    for name, of_task in tasks.items():
+        metric = main_metric(next(iter(of_task.stages.values()), {}), of_task.results.get("metric")) or ""
+        scores = [_score(of_task.stages.get(stage, {}), metric) for stage in stages]
+        rows.append([f"{name} ({title(metric)})" if metric else name, *scores])
+    caption = "The score of the run is the mean over tasks of these."
+    heads = ["task", *(STAGES.get(stage, stage) for stage in stages)]
+    return blocks.table(heads, rows, caption=caption) if stages else Markup()
 
 
 def _score(row: dict[str, Any], key: str) -> object:
@@ -176,7 +197,7 @@ def _tiles(records: Records, metric: str | None) -> Markup:
         shown = [(STAGES.get(s, s), blocks.score(row[key], key in IN_PERCENT)) for s, row in stages if is_number(row.get(key))]
         if shown:
             *before, (stage, last) = shown
-            tiles.append((f"{metric_name(key)} {stage}", last, ", ".join(f"{text} {name}" for name, text in before)))
+            tiles.append((f"{title(key)} {stage}", last, ", ".join(f"{text} {name}" for name, text in before)))
     tree, padded = results.get("tokens_tree"), results.get("tokens_padded")
     if is_number(tree) and is_number(padded) and padded and results.get("packed", True):
         tiles.append(("tokens saved", f"{1 - tree / padded:.1%}", f"{number(tree)} of {number(padded)} computed in PPO"))
@@ -199,12 +220,16 @@ def _duration(seconds: float) -> str:
 # -- curves ------------------------------------------------------------------------------------------------------------
 
 
-def _curves(records: Records, labels: Labels) -> Iterable[Section]:
+def _curves(records: Records, tasks: Mapping[str, Records]) -> Iterable[Section]:
+    """Those of metrics that are of a single one of several tasks are left out."""
+    labels = Labels.of(records.setup)
     for stage in dict.fromkeys(str(row.get("stage")) for row in records.metrics):
         rows = [row for row in records.metrics if str(row.get("stage")) == stage and is_number(row.get("step"))]
         best = records.results.get("best_step") if stage == "PPO" and records.finished else None
         x = X_NAMES.get(stage, "step")
-        charts, further = ([_chart(chart, rows, x, best) for chart in part] for part in _charts(rows, labels))
+        own = tuple(f"{name}/" for name in tasks)
+        kept = [{key: value for key, value in row.items() if not key.startswith(own)} for row in rows]
+        charts, further = ([_chart(chart, rows, x, best) for chart in part] for part in _charts(kept, labels))
         text = f"The dashed line marks iteration {best}, whose policy was kept." if is_number(best) else ""
         more = blocks.folded("More", blocks.grid(*further)) if further else Markup()
         yield Section(f"Learning curves, {stage}", [blocks.grid(*charts), more], text)
@@ -219,7 +244,7 @@ def _charts(rows: list[dict[str, Any]], labels: Labels) -> tuple[list[Chart], li
     if classes:
         shown.insert(1, Chart("Reward by class", "mean of each right answer's samples", classes))
     scores = [key for key in keys if key.startswith(HELD_OUT) and not any(key in chart.curves for chart in CHARTS)]
-    names = {key: metric_name(key.removeprefix(HELD_OUT)) for key in scores}
+    names = {key: title(key.removeprefix(HELD_OUT)) for key in scores}
     shown[2:2] = [Chart(f"{name}, held out", "greedy; not the dev set", {key: name}) for key, name in names.items()]
     further = [chart for chart in FURTHER_CHARTS if chart.curves.keys() & keys]
     known = {key for chart in [*shown, *further] for key in chart.curves}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -83,9 +83,11 @@ class _Rows:
         self.drawn = torch.zeros(slots, 3, dtype=torch.float64, device=model.device)
         self.state: tuple[torch.Tensor, ...] = (self.numbers, self.drawn)
 
-    def admit(self, rows: slice, first_id: int, logits: torch.Tensor) -> None:
-        """The first tokens of sequences whose ids count up from ``first_id``."""
+    def admit(self, rows: slice, first_id: int, logits: torch.Tensor, roots: list[int] | None) -> None:
+        """The first tokens of sequences whose ids count up from ``first_id``; ``roots``: their nodes (None: 0)."""
         self.numbers[:, rows] = 0
+        if roots is not None:
+            self.nodes[rows] = on_device(roots, logits.device)
         self.ids[rows] = torch.arange(first_id, first_id + len(logits), device=logits.device)
         self._draw(rows, logits)
 
@@ -140,6 +142,7 @@ def generate(
     seed: int,
     first_id: int = 0,
     answers: TokenTrie | None = None,
+    roots: Sequence[int] | None = None,
     finished: Callable[[int, Sample], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Rollout:
@@ -151,7 +154,7 @@ def generate(
             batch it runs in.
         answers: nothing else is sampled (constrained decoding; top-k and top-p choose among what may follow). The log-probs
             stay those of the full distribution; how much of that is on the answers is each sample's ``mass``. Answers of more
-            than ``max_new_tokens`` tokens are cut off.
+            than ``max_new_tokens`` tokens are cut off. roots: of each prompt, the node where its answers begin (None: 0).
         finished: called with a sample and its index in the rollout as soon as it ends, while others decode.
         check: called once a step; it may raise to stop.
 
@@ -178,7 +181,7 @@ def generate(
     with_less_memory(
         model,
         "sampling",
-        lambda: _generate(model, prompts, samples, sampling, slots(), seed, first_id, answers, end, check),
+        lambda: _generate(model, prompts, samples, sampling, slots(), seed, first_id, answers, roots, end, check),
         shrink,
     )
     return Rollout(prompts, [done[i] for i in range(len(prompts) * samples)])
@@ -193,6 +196,7 @@ def _generate(
     seed: int,
     first_id: int,
     answers: TokenTrie | None,
+    roots: Sequence[int] | None,
     end: Callable[[int, Sample], None],
     check: Callable[[], None],
 ) -> None:
@@ -238,7 +242,8 @@ def _generate(
             ends = decoder.admit([prompts[p] for p in chosen])
             running += [_Running(p * samples + k, p) for p in chosen for k in range(samples)]
             logits = model.backbone.head.logits(ends).repeat_interleave(samples, 0)
-            rows.admit(slice(before, len(running)), first_id + waiting * samples, logits)
+            nodes = None if roots is None else [roots[member.prompt] for member in running[before:]]
+            rows.admit(slice(before, len(running)), first_id + waiting * samples, logits, nodes)
             drawn(before)
             waiting += admitted
         while len(unread) > LAG.get(model.device.type, 0):

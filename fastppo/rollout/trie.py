@@ -1,4 +1,4 @@
-"""A closed set of answers as a trie of tokens: what may follow what a sample has so far (constrained decoding)."""
+"""Closed sets of answers as a trie of tokens: what may follow what a sample has so far (constrained decoding)."""
 
 from __future__ import annotations
 
@@ -9,35 +9,42 @@ from torch import Tensor
 
 
 class TokenTrie:
-    """Nodes 0 (where every answer begins) to N - 1; up to C tokens may follow a node. ``longest``: most tokens of an answer.
+    """Nodes 0 to N - 1, of which answers begin at ``roots``; up to C tokens may follow a node. ``longest``: most tokens of an
+    answer.
 
     It is looked up in tables on the device of the logits: a GPU computes on while the host does not know the node.
 
     Args:
-        answers: token ids, each closed with one and the same end token of the model, so that an answer may be the beginning of
-            another one's text.
+        sets: of answers, token ids, each closed with one and the same end token of the model, so that an answer may be the
+            beginning of another one's text. Answers of the i-th set begin at the node ``roots[i]``, those of the first at 0.
         device: of the logits and nodes.
 
     Raises:
-        ValueError: no answer, or one that is empty, not closed like the others, closed in its middle or there twice.
+        ValueError: no answer, or one that is empty, not closed like the others, closed in its middle or twice in its set.
     """
 
-    def __init__(self, answers: Sequence[Sequence[int]], device: torch.device | str = "cpu"):
-        ends = {token for answer in answers for token in answer[-1:]}
-        if len(ends) != 1 or not all(answers) or any(token in ends for answer in answers for token in answer[:-1]):
-            raise ValueError(f"answers must end with one end token, which stands nowhere else in them, got {answers}")
-        if len({tuple(answer) for answer in answers}) < len(answers):
-            raise ValueError(f"answers must differ, got {answers}")
-        children: list[dict[int, int]] = [{}]  # of each node, the node behind each token that may follow
-        for answer in answers:
-            node = 0
-            for token in answer[:-1]:
-                if token not in children[node]:
-                    children[node][token] = len(children)
-                    children.append({})
-                node = children[node][token]
-            children[node][answer[-1]] = 0  # nothing is drawn there: the sample has ended
-        self.longest = max(map(len, answers))
+    def __init__(self, *sets: Sequence[Sequence[int]], device: torch.device | str = "cpu"):
+        everything = [answer for answers in sets for answer in answers]
+        ends = {token for answer in everything for token in answer[-1:]}
+        closed = len(ends) == 1 and all(sets) and all(everything)
+        if not closed or any(token in ends for answer in everything for token in answer[:-1]):
+            raise ValueError(f"answers must end with one end token, which stands nowhere else in them, got {everything}")
+        children: list[dict[int, int]] = []  # of each node, the node behind each token that may follow
+        self.roots: list[int] = []
+        for answers in sets:
+            if len({tuple(answer) for answer in answers}) < len(answers):
+                raise ValueError(f"answers must differ, got {answers}")
+            self.roots.append(len(children))
+            children.append({})
+            for answer in answers:
+                node = self.roots[-1]
+                for token in answer[:-1]:
+                    if token not in children[node]:
+                        children[node][token] = len(children)
+                        children.append({})
+                    node = children[node][token]
+                children[node][answer[-1]] = 0  # nothing is drawn there: the sample has ended
+        self.longest = max(map(len, everything))
         width = max(map(len, children))
         padded = [[*of.items(), *[(0, 0)] * (width - len(of))] for of in children]
         self.token_NC, self.next_NC = torch.tensor(padded, device=device).unbind(2)

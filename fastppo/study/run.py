@@ -131,8 +131,7 @@ class Runner:
         self.base.config = config
         prompts = encode(self.base, task, data.dev)
         self.base.choose(Prompts.of(prompts.prompts))
-        result = evaluate(self.base, task, prompts)
-        return {**_score(task, with_interval(task, prompts, result, config.seed)), "labels": self._labels(place)}
+        return {**_score(task, with_interval(evaluate(self.base, prompts), config.seed)), "labels": self._labels(place)}
 
     def _labels(self, place: Place) -> int:
         return self.study.shots if place.method.kind == "few-shot" else 0

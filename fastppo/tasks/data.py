@@ -3,7 +3,7 @@
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,33 @@ class Dataset:
             "dev": len(self.dev),
             "note": self.note,
         }
+
+
+def data_of(task: Task, data: str | None) -> str | None:
+    """What ``--data`` is of one of several tasks: in the folder ``data`` the folder or file that is named like the task; None:
+    the task's own data where it has some, else its data set on the hub.
+
+    Raises:
+        UserError: no such folder, or nothing in it that is named so.
+    """
+    if data is None:
+        return ":".join(task.hub) if task.data is None and task.hub else None
+    place = Path(os.path.expanduser(data), task.name)
+    found = [path for path in (str(place), *(f"{place}{ending}" for ending in READERS)) if os.path.exists(path)]
+    if not found:
+        if not place.parent.is_dir():
+            what = "is no folder" if place.parent.exists() else "there is no such file or folder"
+            raise UserError(f"data {data!r}: {what}; several tasks take a folder that has one for each, such as {place}")
+        raise UserError(
+            f"data {str(place)!r} is missing, there is no such file or folder: of several tasks {task.name} takes this folder, "
+            f"or a file of this name ({' '.join(READERS)})"
+        )
+    return found[0]
+
+
+def load_sets(tasks: Sequence[Task], data: str | None, seed: int, *, of_several: bool) -> list[Dataset]:
+    """The data set of each task. of_several: ``data`` has one for each, which ``data_of`` finds; else it is itself one."""
+    return [load_data(task, data_of(task, data) if of_several else data, seed) for task in tasks]
 
 
 def load_data(task: Task, data: str | None = None, seed: int = 0) -> Dataset:

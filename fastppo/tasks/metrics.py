@@ -261,6 +261,15 @@ def _sums_interval(units: Units, of_sums: OfSums, answers: Answers, seed: int) -
     return _percentiles(of_sums(drawn_BC @ kinds_CK), LEVEL)
 
 
+def mean_interval(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Interval (low, high) of the mean of independent scores, each (value, low, high): the squared distances to the ends add
+    up as variances do (Zou & Donner 2008, Construction of confidence limits about effect measures, Statistics in Medicine 27).
+    """
+    values, lows, highs = np.array(scores, dtype=np.float64).T
+    below, above = (float(np.sqrt(((values - ends) ** 2).sum())) / len(values) for ends in (lows, highs))
+    return float(values.mean()) - below, float(values.mean()) + above
+
+
 def _percentiles(values_B: np.ndarray, level: float) -> tuple[float, float]:
     tail = 50 * (1 - level)
     low, high = np.percentile(values_B, [tail, 100 - tail])

@@ -53,7 +53,7 @@ def test_the_tables_hold_the_answers():
 
 def test_nothing_is_read_back_from_the_device():
     """Tensors on ``meta`` have no numbers: whoever asks for one raises."""
-    trie = TokenTrie(ANSWERS, "meta")
+    trie = TokenTrie(ANSWERS, device="meta")
     nodes = torch.zeros(5, dtype=torch.int64, device="meta")
     among = trie.among(torch.empty(5, 300, device="meta"), nodes)
     assert among.shape == (5, 2) and [x.shape for x in trie.follow(nodes, among.argmax(1))] == [(5,), (5,)]
@@ -188,8 +188,8 @@ def test_a_task_constrained_to_its_answers():
     for constrained in (False, True):
         model = make_model("llama", sample__constrained=constrained, sample__max_new_tokens=12)
         data = encode(model, COLA, EXAMPLES)
-        assert (allowed_answers(model, COLA, data) is not None) == constrained
-        assert evaluate(model, COLA, data).scores["malformed"] == (0.0 if constrained else 1.0)
+        assert (allowed_answers(model, data).answers is not None) == constrained
+        assert evaluate(model, data)[0].scores["malformed"] == (0.0 if constrained else 1.0)
 
 
 def test_a_tokenizer_that_merges_across_the_end_of_the_prompt():
@@ -197,7 +197,7 @@ def test_a_tokenizer_that_merges_across_the_end_of_the_prompt():
     model = make_model("llama", sample__constrained=True, sample__max_new_tokens=8)
     model.base = replace(model.base, tokenizer=merging_tokenizer())
     data = encode(model, COLA, EXAMPLES)
-    found = answers_in(allowed_answers(model, COLA, data))
+    found = answers_in(allowed_answers(model, data).answers)
     decode = model.base.tokenizer.decode
     for example, prompt in zip(EXAMPLES, data.prompts, strict=True):
         taught = [encode_answer(model.base.tokenizer, COLA.prompt(example), prompt, COLA.answer(i)) for i in (0, 1)]
@@ -217,7 +217,7 @@ def test_a_tokenizer_without_the_answers():
     data = encode(model, COLA, EXAMPLES)
     model.base = replace(model.base, tokenizer=Deaf())
     with pytest.raises(UserError, match="^--sample-constrained: .* cannot spell the answers: .* differ") as caught:
-        allowed_answers(model, COLA, data)
+        allowed_answers(model, data)
     assert "\n" not in str(caught.value)
 
 

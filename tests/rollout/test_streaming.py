@@ -8,6 +8,7 @@ from engine import make_model, random_prompts
 
 from fastppo import trainer
 from fastppo.batch.rollout import Sample
+from fastppo.rewards import marks
 from fastppo.rewards.stream import RewardStream
 from fastppo.rollout import sampler
 from fastppo.rollout.sampler import Sampling, generate
@@ -69,7 +70,7 @@ def test_an_error_in_the_trainers_reward_ends_the_run(world, tmp_path, monkeypat
     def answer_reward(*_):
         raise ZeroDivisionError("in a reward")
 
-    monkeypatch.setattr(trainer, "answer_reward", answer_reward)
+    monkeypatch.setattr(marks, "answer_reward", answer_reward)
     with pytest.raises(ZeroDivisionError, match="in a reward"):
         world.train(tmp_path / "run")
 
@@ -77,14 +78,14 @@ def test_an_error_in_the_trainers_reward_ends_the_run(world, tmp_path, monkeypat
 def test_the_trainer_asks_for_rewards_while_others_decode(world, tmp_path, monkeypatch):
     """In every iteration some rewards are asked for before the sampler's last step."""
     events: list[str] = []
-    sample, reward = trainer.generate, trainer.answer_reward
+    sample, reward = trainer.generate, marks.answer_reward
 
     def spy(*args, **kwargs):
         events.append("begin")
         return sample(*args, check=lambda: events.append("step"), **kwargs)
 
     monkeypatch.setattr(trainer, "generate", spy)
-    monkeypatch.setattr(trainer, "answer_reward", lambda *args: events.append("reward") or reward(*args))
+    monkeypatch.setattr(marks, "answer_reward", lambda *args: events.append("reward") or reward(*args))
     world.train(tmp_path / "run", sample__max_new_tokens=8, sample__slots=4, ppo__iterations=2)
     iterations = " ".join(events).split("begin ")[1:]
     assert [part.count("reward") for part in iterations] == [8 * 3] * 2
