@@ -65,7 +65,10 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         allow_abbrev=False,
     )
     study.add_argument("--tasks", metavar="A,B", help="tasks, separated by commas")
-    study.add_argument("--methods", metavar="M,N", help="zero-shot, few-shot, sft, ppo, encoder (default: zero-shot,sft,ppo)")
+    study.add_argument(
+        "--methods", metavar="M,N",
+        help="zero-shot, few-shot, sft, ppo, encoder; for all tasks at once: sft-multi, ppo-multi (default: zero-shot,sft,ppo)",
+    )  # fmt: skip
     study.add_argument("--seeds", metavar="N,N", help="seeds (default: 0)")
     study.add_argument("--config", metavar="FILE", type=Path, help="a study in a YAML file, or a preset; flags come after it")
     study.add_argument("--resume", metavar="STUDY", type=Path, help="go on with an interrupted study; finished cells stay")

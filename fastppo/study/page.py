@@ -29,7 +29,11 @@ CURVES = (
 def study_page(study: Study, results: Sequence[Mapping[str, Any]], out: Path, total: int) -> str:
     """The page, as HTML. total: how many cells the study has."""
     done = sum("value" in result for result in results)
-    notes = [f"{r['task']}, {r['method']}, seed {r['seed']} failed: {r['failed']}" for r in results if "failed" in r]
+    failed: dict[tuple[str, int, str], list[str]] = {}  # one policy for all tasks fails for all of them
+    for r in results:
+        if "failed" in r:
+            failed.setdefault((r["method"], r["seed"], r["failed"]), []).append(r["task"])
+    notes = [f"{' + '.join(of)}, {method}, seed {seed} failed: {why}" for (method, seed, why), of in failed.items()]
     if done < total:
         notes.insert(0, f"{done} of {total} cells are finished: the table is of those.")
     tasks, methods = list(study.tasks), [method.name for method in study.methods]
@@ -79,21 +83,22 @@ def _plots(results: Sequence[Mapping[str, Any]], tasks: Sequence[str], methods: 
 
 
 def _curves(study: Study, out: Path) -> Iterable[Section]:
-    for task in study.tasks:
-        for method in study.methods:
-            if method.kind != "ppo":
-                continue
-            runs = {seed: _ppo_rows(out / "cells" / task / method.name / f"seed-{seed}") for seed in study.seeds}
-            charts = []
-            for key, explained, percent in CURVES:
-                series = [
-                    Series(f"seed {seed}", [(row["step"], row[key]) for row in rows if is_number(row.get(key))])
-                    for seed, rows in runs.items()
-                ]
-                if any(one.points for one in series):
-                    name = key.replace("_", " ")
-                    charts.append(blocks.line_chart(name, series, x="PPO iteration", explained=explained, percent=percent))
-            yield Section(f"Curves: {task}, {method.name}", [blocks.grid(*charts)])
+    by_heading: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for place in study.places():
+        if place.method.reinforced:
+            runs = by_heading.setdefault(f"Curves: {' + '.join(place.tasks)}, {place.method.name}", {})
+            runs[place.seed] = _ppo_rows(place.folder(out))
+    for heading, runs in by_heading.items():
+        charts = []
+        for key, explained, percent in CURVES:
+            series = [
+                Series(f"seed {seed}", [(row["step"], row[key]) for row in rows if is_number(row.get(key))])
+                for seed, rows in runs.items()
+            ]
+            if any(one.points for one in series):
+                name = key.replace("_", " ")
+                charts.append(blocks.line_chart(name, series, x="PPO iteration", explained=explained, percent=percent))
+        yield Section(heading, [blocks.grid(*charts)])
 
 
 def _ppo_rows(run: Path) -> list[dict[str, Any]]:

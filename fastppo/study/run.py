@@ -11,8 +11,6 @@ import gc
 import json
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,42 +29,23 @@ from fastppo.model.load import load_base, pick_device
 from fastppo.study import table
 from fastppo.study.encoder import train_encoder
 from fastppo.study.page import study_page
-from fastppo.study.spec import Method, Study
+from fastppo.study.spec import Place, Study
 from fastppo.tasks import Dataset, Example, Task, get_task, load_data
 
 RESULT = "result.json"
 
 
-@dataclass(frozen=True)
-class Place:
-    """One cell of a study: a method on a task with a seed."""
-
-    task: str
-    method: Method
-    seed: int
-
-    def folder(self, out: Path) -> Path:
-        return out / "cells" / self.task / self.method.name / f"seed-{self.seed}"
-
-
-def places(study: Study) -> Iterator[Place]:
-    """All cells, task by task."""
-    for task in study.tasks:
-        for method in study.methods:
-            for seed in study.seeds:
-                yield Place(task, method, seed)
-
-
 def results(study: Study, out: Path) -> list[dict[str, Any]]:
-    """What the finished cells found, in their order. Raises UserError for a file that is no result."""
+    """What the finished cells found, in their order, one of each task. Raises UserError for a file that is no result."""
     found = []
-    for place in places(study):
+    for place in study.places():
         path = place.folder(out) / RESULT
         if path.is_file():
             try:
-                found.append(json.loads(path.read_bytes()))
+                one = json.loads(path.read_bytes())
             except ValueError:
                 raise UserError(f"{path}: is not JSON; remove it and the cell is run again") from None
+            found += one.get("results", [one])
     return found
 
 
@@ -83,28 +62,30 @@ class Runner:
         Raises:
             UserError: a task's data cannot be loaded. Interrupted: after a signal.
         """
-        todo = [place for place in places(self.study) if not (place.folder(self.out) / RESULT).is_file()]
-        for task in dict.fromkeys(place.task for place in todo):  # a wrong path is known before hours of training
+        todo = [place for place in self.study.places() if not (place.folder(self.out) / RESULT).is_file()]
+        for task in dict.fromkeys(task for place in todo for task in place.tasks):  # a wrong path is known before hours of work
             self._data(task, self.study.seeds[0])
-        total = sum(1 for _ in places(self.study))
-        failed = []
+        total = sum(1 for _ in self.study.places())
+        failed: list[dict[str, Any]] = []
         for number, place in enumerate(todo, total - len(todo) + 1):
-            self._say(f"cell {number}/{total}: {place.task}, {place.method.name}, seed {place.seed}")
+            self._say(f"cell {number}/{total}: {place.task.replace(',', ' + ')}, {place.method.name}, seed {place.seed}")
             began = time.monotonic()
             try:
-                result = self._run(place)
+                of_tasks = self._run(place)
             except UserError as error:
                 self._say(f"failed: {error}")
-                failed.append({**self._name(place), "failed": str(error)})
+                failed += [{**self._name(place, task), "failed": str(error)} for task in place.tasks]
                 continue
             folder = place.folder(self.out)
             folder.mkdir(parents=True, exist_ok=True)
-            files.write_json(folder / RESULT, {**self._name(place), "seconds": time.monotonic() - began, **result})
+            seconds = time.monotonic() - began
+            found = [{**self._name(place, task), "seconds": seconds, **result} for task, result in of_tasks.items()]
+            files.write_json(folder / RESULT, found[0] if len(found) == 1 else {"results": found})
             write(self.study, self.out, [*results(self.study, self.out), *failed])
         return [*results(self.study, self.out), *failed]
 
-    def _name(self, place: Place) -> dict[str, Any]:
-        return {"task": place.task, "method": place.method.name, "seed": place.seed}
+    def _name(self, place: Place, task: str) -> dict[str, Any]:
+        return {"task": task, "method": place.method.name, "seed": place.seed}
 
     def _say(self, line: str) -> None:
         self.console.print(Text(printable(line)), soft_wrap=True)
@@ -112,15 +93,18 @@ class Runner:
     def _data(self, task: str, seed: int) -> Dataset:
         return load_data(get_task(task), self.study.data_of(task), seed)
 
-    def _run(self, place: Place) -> dict[str, Any]:
+    def _run(self, place: Place) -> dict[str, dict[str, Any]]:
+        """The result of each of the cell's tasks."""
         config = self.study.config(place.task, place.method, place.seed)
         if place.method.kind in ("zero-shot", "few-shot"):
-            return self._prompted(place, config)
+            return {place.task: self._prompted(place, config)}
         self.base = None  # two models at a time are one too many
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return self._encoder(place, config) if place.method.kind == "encoder" else self._trained(place, config)
+        if place.method.kind == "encoder":
+            return {place.task: self._encoder(place, config)}
+        return self._trained(place, config)
 
     def _prompted(self, place: Place, config: Config) -> dict[str, Any]:
         task, data = get_task(place.task, config.template), self._data(place.task, place.seed)
@@ -142,17 +126,21 @@ class Runner:
             raise UserError(f"--shots: {shots} is not allowed; the train split has {len(train)} examples")
         return train[:shots] if self.study.demonstrations == "first" else random.Random(seed).sample(train, shots)
 
-    def _trained(self, place: Place, config: Config) -> dict[str, Any]:
-        run, task = place.folder(self.out), get_task(place.task)
+    def _trained(self, place: Place, config: Config) -> dict[str, dict[str, Any]]:
+        run = place.folder(self.out)
         if (run / "config.yaml").is_file():
             summary = trainer.resume(run, {}, self.console)
         else:
             summary = trainer.train(config, run, self.console)
         stages = list(summary["stages"].values())
-        result = {**_score(task, stages[-1]), "labels": stages[-1]["labels"]}
-        if place.method.kind == "ppo":
-            result["start"] = _score(task, stages[-2])
-        return result
+        found = {}
+        for name in place.tasks:
+            task = get_task(name)
+            rows = [stage["tasks"][task.name] if "tasks" in stage else stage for stage in stages]
+            found[name] = {**_score(task, rows[-1]), "labels": stages[-1]["labels"]}
+            if place.method.reinforced:
+                found[name]["start"] = _score(task, rows[-2])
+        return found
 
     def _encoder(self, place: Place, config: Config) -> dict[str, Any]:
         task, data = get_task(place.task), self._data(place.task, place.seed)
@@ -184,7 +172,7 @@ def write(study: Study, out: Path, found: list[dict[str, Any]]) -> tuple[list[st
     headings, rows = table.table(found, list(study.tasks), [method.name for method in study.methods])
     files.write_json(out / "study.json", {"results": found})
     files.write_text(out / "table.md", table.markdown(headings, rows))
-    files.write_text(out / "report.html", study_page(study, found, out, sum(1 for _ in places(study))))
+    files.write_text(out / "report.html", study_page(study, found, out, sum(len(place.tasks) for place in study.places())))
     return headings, rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,20 @@ from fastppo import config as config_module
 from fastppo import files
 from fastppo.config import LARGEST_INT, SETTINGS, Config
 from fastppo.errors import UserError
-from fastppo.tasks import get_task
+from fastppo.tasks import data_of, get_task
 
 KINDS = {
     "zero-shot": "the base as it is",
     "few-shot": "the base, with solved examples in front of the question",
     "sft": "supervised on all labels of the train split",
     "ppo": "PPO from where --sft-examples labels lead (0: from the base)",
+    "sft-multi": "one policy for all tasks: supervised on the labels of all",
+    "ppo-multi": "one policy for all tasks: PPO on all, from where --sft-examples labels of each lead",
     "encoder": "a sequence classifier, fully fine-tuned",
 }
 # Of the runs behind the methods that train; a method's own settings in a study file come after these.
-OF_KIND: dict[str, dict[str, Any]] = {"sft": {"sft.examples": LARGEST_INT, "ppo.iterations": 0}}
+SUPERVISED = {"sft.examples": LARGEST_INT, "ppo.iterations": 0}
+OF_KIND: dict[str, dict[str, Any]] = {"sft": SUPERVISED, "sft-multi": SUPERVISED}
 RESERVED = {"task": "--tasks", "seed": "--seeds", "out": "--out", "data": "--data"}  # settings that a study has flags for
 
 
@@ -36,6 +39,31 @@ class Method:
     name: str
     kind: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def multi(self) -> bool:
+        """Whether a run of it is one policy for all tasks."""
+        return self.kind.endswith("-multi")
+
+    @property
+    def reinforced(self) -> bool:
+        return self.kind in ("ppo", "ppo-multi")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One cell of a study: a method on a task with a seed; or on all tasks together, whose names ``task`` has with commas."""
+
+    task: str
+    method: Method
+    seed: int
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.task.split(",")
+
+    def folder(self, out: Path) -> Path:
+        return out / "cells" / ",".join(get_task(task).name for task in self.tasks) / self.method.name / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -59,18 +87,22 @@ class Study:
     encoder_epochs: int = 3
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def places(self) -> Iterator[Place]:
+        """All cells: task by task, then those of all tasks together."""
+        for task, multi in [*((task, False) for task in self.tasks), (",".join(self.tasks), True)]:
+            for method in self.methods:
+                if method.multi == multi:
+                    yield from (Place(task, method, seed) for seed in self.seeds)
+
     def data_of(self, task: str) -> str | None:
-        """What ``--data`` would be in ``fastppo train``."""
-        if self.data is not None:
-            return str(Path(self.data, task))
-        known = get_task(task)
-        return ":".join(known.hub) if known.data is None and known.hub else None
+        """What ``--data`` would be in ``fastppo train``. Raises UserError where a task has none in the study's folder."""
+        return self.data if "," in task else data_of(get_task(task), self.data)
 
     def config(self, task: str, method: Method, seed: int, out: Path | None = None) -> Config:
-        """The settings of a cell's run. Raises UserError."""
+        """The settings of a cell's run; those of single tasks are not for a run of several. Raises UserError."""
         values: dict[str, tuple[object, str]] = {}
         for where, settings in (
-            ("", self.settings), ("", OF_KIND.get(method.kind, {})), (f"tasks.{task}.", self.tasks[task]),
+            ("", self.settings), ("", OF_KIND.get(method.kind, {})), (f"tasks.{task}.", self.tasks.get(task, {})),
             (f"methods.{method.name}.", method.settings),
         ):  # fmt: skip
             values |= {key: (value, where + key) for key, value in settings.items()}
@@ -102,7 +134,9 @@ def check(study: Study) -> None:
         for method in study.methods:
             if without and method.kind != "zero-shot":
                 raise UserError(f"--methods: {method.name} needs a train split, which {task} lacks; train on {without}")
-            study.config(task, method, study.seeds[0])
+    for place in study.places():
+        if place.seed == study.seeds[0]:
+            study.config(place.task, place.method, place.seed)
 
 
 def read(path: Path) -> dict[str, Any]:
