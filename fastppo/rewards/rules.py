@@ -31,8 +31,10 @@ def answer_reward(task: Task, gold: int | float, predicted: int | float | None, 
         config: the preset, and what replaces parts of it.
 
     A number's reward falls evenly with its error. A number off the scale is worth no less than the worst on it, but with
-    ``code``, whose reward has no lower bound.
+    ``code``, whose reward has no lower bound. A task's own reward (`Task.reward`) takes the place of all this.
     """
+    if task.reward is not None:
+        return task.worth(text, gold, predicted)
     of_words, of_preset = task.span is None, config.preset
     worth = (WORDS if of_words else NUMBERS)[of_preset]
     correct = worth.correct if config.correct is None else config.correct

@@ -310,7 +310,7 @@ def test_pairs_of_axg_differ_in_a_pronoun(tmp_path):
         ("multirc", {"passage": {"text": "x", "questions": [{"question": "y"}]}}, "question 1: answers is missing"),
         ("multirc", {"passage": {"text": "x", "questions": [{"question": "y", "answers": ["z"]}]}}, "answer 1: must be an obj"),
         ("multirc", {"passage": {"text": "x", "questions": [{"question": "y", "answers": [{"text": "z"}]}]}},
-         "question 1, answer 1: label is missing, task multirc allows 0 (false, false) or 1 (true, true)"),
+         "question 1, answer 1: label is missing, task multirc allows 0 (false) or 1 (true)"),
         ("multirc", {"passage": {"text": "x", "questions": []}}, "passage.questions is empty, must be a list of at least one"),
         ("multirc", {"passage": {"text": "x", "questions": [{"question": "y", "answers": []}]}}, "question 1: answers is emp"),
         ("record", {"passage": None}, "passage"),
