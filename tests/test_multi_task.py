@@ -210,7 +210,7 @@ def test_records_name_the_task(mixed):
     answers = lines(run / "answers" / "ppo.jsonl")
     assert Counter(row["task"] for row in answers) == {"cola": 20, "stsb": 4, "mnli": 9}
     assert all(set(TASKS[row["task"]].slots) <= set(row["fields"]) for row in answers)
-    assert all(set(TASKS[row["task"]].slots) <= set(row) for row in lines(run / "samples.jsonl"))
+    assert all(set(TASKS[row["task"]].slots) <= set(row["fields"]) for row in lines(run / "samples.jsonl"))
 
 
 def test_eval_judges_all_or_some(mixed, all_data, capsys):
