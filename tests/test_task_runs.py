@@ -39,7 +39,8 @@ def rows_of(name, n, seed):
             target = {"span1_text": "Ann", "span2_text": "she", "span2_index": 2}
             yield {"text": f"Ann said she {words(draw)}", "target": target, "label": i % 2 == 0}
         else:
-            yield {slot: words(draw) for slot in task.slots} | {"label": task.label_names[i % len(task.labels)]}
+            texts = {slot: draw.choice(task.values[slot]) if slot in task.values else words(draw) for slot in task.slots}
+            yield texts | {"label": task.label_names[i % len(task.labels)]}
 
 
 def write(folder, name, sizes=(40, 12)):
