@@ -18,31 +18,39 @@ from fastppo.errors import UserError, printable
 from fastppo.evaluate import answer, encode, load_adapter, open_run
 from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.load import load_base
-from fastppo.tasks import Example, Task, get_task, load_test, servers
+from fastppo.tasks import Example, Task, data_of, get_tasks, load_test, servers
 from fastppo.tasks.servers import Server
 
 ZIP = "submission.zip"
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A test split, or a section of one, and the file that its answers are for."""
+
+    task: Task
+    server: Server
+    file: str
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
 class _Job:
-    """What one run is to answer: examples by the name of their file."""
+    """What one run is to answer."""
 
     config: Config
     adapter: Path
-    task: Task
-    server: Server
-    examples: dict[str, list[Example]]
+    parts: list[_Part]
 
 
 def predict_runs(
     runs: list[Path], to: Path, data: str | None, name: str | None, fallback: str | None, console: rich.console.Console
 ) -> None:
-    """Write the file of each run's test split into the folder ``to``, and a zip of all files of the server that are there.
+    """Write the files of each run's test splits into the folder ``to``, and a zip of all files of the server that are there.
 
     Args:
         data: where the test split is, as ``--data`` has it; None: in each run's own data.
-        name: of another task than the run's, for its own data.
+        name: of some of the run's tasks, or of others, for their own data.
         fallback: "first" or "random", what is written for an answer that is none (see `Task.guess`); None: as the run's own
             setting says, "first" where that is "wrong": without gold labels no label is.
 
@@ -50,24 +58,25 @@ def predict_runs(
         UserError: no test split or no server for one, or a folder that holds something else. Nothing is answered then.
     """
     jobs = [_job(run, data, name, console) for run in runs]
-    server = jobs[0].server
-    wanted = [file for job in jobs for file in job.examples]
-    for job in jobs:
-        if job.server is not server:
-            raise UserError(f"run {runs[0]} is for {server.name}'s server, another run for {job.server.name}'s; not both")
+    parts = [part for job in jobs for part in job.parts]
+    first, wanted = parts[0], [part.file for part in parts]
+    for part in parts:
+        task, server = part.task.name, part.server.name
+        if part.server is not first.server:
+            raise UserError(f"task {first.task.name} is for {first.server.name}'s server, task {task} for {server}'s; not both")
     for file in wanted:
         if wanted.count(file) > 1:
             raise UserError(f"{to / file}: is what more than one of these runs would write; give one of them")
-    _check_folder(to, server, wanted)
+    _check_folder(to, first.server, wanted)
     for job in jobs:
         model = ActorCritic(load_base(job.config), job.config)
         load_adapter(model, job.adapter)
-        for file, examples in job.examples.items():
-            _say(console, f"{job.task.name}: answering {len(examples):,} examples")
+        for part in job.parts:
+            _say(console, f"{part.task.name}: answering {len(part.examples):,} examples")
             drawn = (fallback or job.config.fallback) == "random"
-            _write(model, job, to / file, examples, random.Random(job.config.seed) if drawn else None, console)
+            _write(model, part, to / part.file, random.Random(job.config.seed) if drawn else None, console)
         del model  # before the next one is loaded
-    _zip(to, server, console)
+    _zip(to, first.server, console)
 
 
 def _say(console: rich.console.Console, line: str) -> None:
@@ -76,16 +85,22 @@ def _say(console: rich.console.Console, line: str) -> None:
 
 def _job(run: Path, data: str | None, name: str | None, console: rich.console.Console) -> _Job:
     config, adapter = open_run(run, console)
-    task = get_task(config.task if name is None else name, config.template)
-    if data is None:
-        if task.name != config.task:
-            raise UserError(f"--task {task.name}: is not the run's task {config.task}; give its data with --data")
-        if config.data is not None and os.path.isfile(os.path.expanduser(config.data)):
-            raise UserError(f"run {run}: its data {config.data} is one file, without a test split; give that with --data")
-    servers.server_of(task, False)  # before any data is read
-    test = load_test(task, data if data is not None else config.data)
-    server = servers.server_of(task, test.superglue)
-    return _Job(config, adapter, task, server, {server.files[task.name, s]: each for s, each in test.sections.items()})
+    own = get_tasks(config.task, config.template)
+    tasks = own if name is None else get_tasks(name, config.template)
+    given, several = (config.data, len(own) > 1) if data is None else (data, len(tasks) > 1)
+    parts = []
+    for task in tasks:
+        if data is None and task.name not in {one.name for one in own}:
+            what = "the run's task" if len(own) == 1 else "one of the run's tasks"
+            raise UserError(f"--task {task.name}: is not {what} {config.task}; give its data with --data")
+        servers.server_of(task, False)  # before any data is read
+        place = data_of(task, given) if several else given
+        if data is None and place is not None and os.path.isfile(os.path.expanduser(place)):
+            raise UserError(f"run {run}: its data {place} is one file, without a test split; give that with --data")
+        test = load_test(task, place)
+        server = servers.server_of(task, test.superglue)
+        parts += [_Part(task, server, server.files[task.name, s], examples) for s, examples in test.sections.items()]
+    return _Job(config, adapter, parts)
 
 
 def _check_folder(to: Path, server: Server, wanted: list[str]) -> None:
@@ -104,18 +119,15 @@ def _check_folder(to: Path, server: Server, wanted: list[str]) -> None:
             raise UserError(f"--to: {to / file} exists already; remove it, or choose another folder")
 
 
-def _write(
-    model: ActorCritic, job: _Job, path: Path, examples: list[Example], draw: random.Random | None,
-    console: rich.console.Console,
-) -> None:  # fmt: skip
+def _write(model: ActorCritic, part: _Part, path: Path, draw: random.Random | None, console: rich.console.Console) -> None:
     """Answer the examples and write their file; says how many answers were none, and what is written for them."""
-    task = job.task
+    task, examples = part.task, part.examples
     texts = answer(model, encode(model, task, examples))
     predicted = [task.parse(text) for text in texts]
     labels = [task.guess(text, draw) if said is None else said for text, said in zip(texts, predicted, strict=True)]
     with files.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, servers.content(job.server, task, examples, labels))
+    files.write_text(path, servers.content(part.server, task, examples, labels))
     line = f"wrote {path}: {len(examples):,} answers, {predicted.count(None):,} malformed"
     if None in predicted:
         first = f"{task.guess('', None):g}" if task.span is not None else task.labels[0]

@@ -124,7 +124,7 @@ def beside(world):
 
 def test_several_runs_are_for_one_server(cola, rte, beside, tmp_path):
     """Each with the test split of its own data."""
-    with pytest.raises(UserError, match="^run .* is for GLUE's server, another run for SuperGLUE's; not both$"):
+    with pytest.raises(UserError, match="^task cola is for GLUE's server, task rte for SuperGLUE's; not both$"):
         predict_runs([cola, rte], tmp_path / "to", None, None, None, quiet_console())
     assert not (tmp_path / "to").exists()
 
@@ -164,3 +164,21 @@ def test_several_runs_in_one_command(cola, world, beside, tmp_path):
     out = shown(predict_runs, [cola, other], tmp_path / "to", None, None, None)
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["CoLA.tsv", "MRPC.tsv", "submission.zip"]
     assert (tmp_path / "to" / "MRPC.tsv").read_text().splitlines()[1][:2] == "5\t" and "with 2 of the 11 files of GLUE" in out
+
+
+def test_all_tasks_of_a_run(cola, world, tmp_path):
+    """A run of two tasks: each with the test split of its part of the data; or one of them."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    for folder in (run, data, data / "cola", data / "mrpc"):
+        folder.mkdir()
+    (data / "cola" / "test.tsv").write_text("index\tsentence\n7\tThe cat sees a dog.\n")
+    (data / "mrpc" / "test.tsv").write_text("index\t#1 ID\t#2 ID\t#1 String\t#2 String\n5\t1\t2\tA cat.\tA dog.\n")
+    (run / "adapter").symlink_to(cola / "adapter")
+    text = (cola / "config.yaml").read_text().replace(str(world.data), str(data))
+    (run / "config.yaml").write_text(text.replace("task: cola", "task: cola,mrpc"))
+    predict_runs([run], tmp_path / "both", None, None, None, quiet_console())
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["CoLA.tsv", "MRPC.tsv", "submission.zip"]
+    predict_runs([run], tmp_path / "one", None, "mrpc", None, quiet_console())
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["MRPC.tsv", "submission.zip"]
+    with pytest.raises(UserError, match="^--task sst2: is not one of the run's tasks cola,mrpc; give its data with --data$"):
+        predict_runs([run], tmp_path / "two", None, "sst2", None, quiet_console())
