@@ -471,10 +471,13 @@ class Trainer:
     def setup(self) -> dict[str, Any]:
         """What ``setup.json`` holds from the first step on: what is trained, on what, and name and answer of each label id."""
         device, dtype = self.model.device, str(self.model.backbone.head.weight.dtype).removeprefix("torch.")
+        facts = self.data.setup()
+        data = facts.pop("data")
         return {
             "task": ",".join(task.name for task in self.data.tasks),
-            **self.data.setup(),
+            **facts,
             "model": self.config.model or "built-in",
+            "data": data,
             "seed": self.config.seed,
             "device": str(device),
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
