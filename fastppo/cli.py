@@ -64,7 +64,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
         allow_abbrev=False,
     )
-    study.add_argument("--tasks", metavar="A,B", help="tasks, separated by commas")
+    study.add_argument("--tasks", metavar="A,B", help="tasks or their files, separated by commas")
     study.add_argument(
         "--methods", metavar="M,N",
         help="zero-shot, few-shot, sft, ppo, encoder; for all tasks at once: sft-multi, ppo-multi (default: zero-shot,sft,ppo)",
@@ -87,7 +87,9 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter", allow_abbrev=False)
     evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")
     evaluate.add_argument("--data", metavar="D", help="data folder, file or hub name, as in train (default: the run's)")
-    evaluate.add_argument("--task", metavar="T", help="one of several tasks, or another than the run's, with its --data")
+    evaluate.add_argument(
+        "--task", metavar="T", help="one of several tasks, or another than the run's, or its file, with its --data"
+    )
     evaluate.add_argument("--split", choices=("dev", "train"), default="dev", help="(default: dev)")
     evaluate.add_argument("--limit", metavar="N", help="use only the first N examples of each task")
 
@@ -189,6 +191,10 @@ def _train(args: argparse.Namespace) -> None:
     overrides = _overrides(args)
     if args.resume:
         overrides |= {key: files.whole_path(overrides[key]) for key in ("model", "data") if key in overrides}
+        if "task" in overrides:
+            from fastppo.tasks.own import whole_name
+
+            overrides["task"] = whole_name(overrides["task"])
         for flag, wrong in (("--config", args.config), ("--out", overrides.get("out"))):
             if wrong:
                 raise UserError(f"{flag}: {wrong} is not allowed with --resume; the run folder holds its settings")
@@ -197,7 +203,7 @@ def _train(args: argparse.Namespace) -> None:
         settings = _anchored(config.load_config(overrides, args.config))
         from fastppo.tasks import get_tasks
 
-        tasks = get_tasks(settings.task, to_train=True)  # a wrong name is known before seconds of imports
+        tasks = get_tasks(settings.task, settings.template, to_train=True)  # a wrong name is known before seconds of imports
         run = _new_run(settings, "+".join(task.name for task in tasks))
     console = _console()
     console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
@@ -223,8 +229,11 @@ def _resume(run: Path) -> str:
 
 
 def _anchored(settings: config.Config) -> config.Config:
-    """Model and data that are on this disk by their whole path, so that the run can be used from any folder."""
-    return dataclasses.replace(settings, model=files.whole_path(settings.model), data=files.whole_path(settings.data))
+    """Model, data and a task's file that are on this disk by their whole path, so that the run can be used from any folder."""
+    from fastppo.tasks.own import whole_name
+
+    model, data = files.whole_path(settings.model), files.whole_path(settings.data)
+    return dataclasses.replace(settings, model=model, data=data, task=whole_name(settings.task))
 
 
 def _new_run(settings: config.Config, tasks: str) -> Path:

@@ -45,6 +45,7 @@ __all__ = [
     "SampleConfig",
     "Setting",
     "SftConfig",
+    "UniqueKeyLoader",
     "ValueConfig",
     "check",
     "differences",
@@ -159,7 +160,7 @@ def from_flag(key: str, text: str) -> object:
     return [text.replace("\\n", "\n").replace("\\t", "\t")]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping: YAML would silently drop the first, a whole section perhaps."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -174,33 +175,33 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_tree(path: Path) -> dict[Any, Any]:
-    """What a YAML or TOML file holds, with the names at its top. Raises UserError."""
+def read_tree(path: Path, what: str = "settings", loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[Any, Any]:
+    """What a YAML or TOML file of ``what`` holds, with the names at its top. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"settings file {path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{what} file {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"settings file {path}: is not UTF-8 text") from None
+        raise UserError(f"{what} file {path}: is not UTF-8 text") from None
     if path.suffix == ".toml":
         try:
             tree: object = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise UserError(f"settings file {path}: is not TOML: {error}") from None
+            raise UserError(f"{what} file {path}: is not TOML: {error}") from None
     elif path.suffix in (".yaml", ".yml"):
         try:
-            tree = yaml.load(text, Loader=_UniqueKeyLoader)
+            tree = yaml.load(text, Loader=loader)
         except yaml.MarkedYAMLError as error:
             line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise UserError(f"settings file {path}{line}: {error.problem}") from None
+            raise UserError(f"{what} file {path}{line}: {error.problem}") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"settings file {path}: is not YAML: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{what} file {path}: is not YAML: {str(error).splitlines()[0]}") from None
     else:
-        raise UserError(f"settings file {path}: the name must end in .yaml, .yml or .toml")
+        raise UserError(f"{what} file {path}: the name must end in .yaml, .yml or .toml")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"settings file {path}: expected settings by name, not {type(tree).__name__}")
+        raise UserError(f"{what} file {path}: expected settings by name, not {type(tree).__name__}")
     return tree
 
 

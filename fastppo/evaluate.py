@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,16 @@ from fastppo import config as config_module
 from fastppo import files
 from fastppo.batch.encode import encode_answer, encode_prompts, prompt_limit
 from fastppo.config import Config
-from fastppo.errors import UserError
+from fastppo.errors import UserError, printable
 from fastppo.model.actor_critic import POLICY, ActorCritic
 from fastppo.model.load import first_line, load_base
 from fastppo.rewards.rules import answer_reward
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo.rollout.trie import TokenTrie
 from fastppo.scores import shown
-from fastppo.tasks import Example, Task, get_tasks, load_sets
+from fastppo.tasks import Example, Task, get_tasks, load_sets, sources
 from fastppo.tasks.metrics import mean_interval
+from fastppo.tasks.own import whole_name
 
 
 @dataclass(frozen=True)
@@ -275,21 +277,34 @@ def open_run(run: Path, console: rich.console.Console) -> tuple[Config, Path]:
     return config, adapter
 
 
+def _trained_on(run: Path) -> object:
+    """`Task.source` of a run's task; None where it is not known."""
+    try:
+        return json.loads((run / "setup.json").read_bytes()).get("task_file")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def evaluate_run(
     run: Path, data: str | None, split: str, limit: int | None, console: rich.console.Console, name: str | None = None
 ) -> dict[str, Any]:
     """``fastppo eval``: the run's adapter on its own data or another set; prints a line for each task and returns the scores.
 
     data: as in ``fastppo train``, of the tasks that are evaluated. limit: examples of each task. name: of some of the run's
-    tasks, or of others, for their own data.
+    tasks, or of others, or their files, for their own data.
     """
     config, adapter = open_run(run, console)
     own = get_tasks(config.task, config.template)
-    tasks = own if name is None else get_tasks(name, config.template)
-    others = [task.name for task in tasks if task.name not in {one.name for one in own}]
+    names = config.task if name is None else whole_name(name)
+    tasks = get_tasks(names, config.template)
+    known = config.task.split(",")
+    others = [task.name for task, asked in zip(tasks, names.split(","), strict=True) if asked not in known]
     if others and data is None:
         what = "the run's task" if len(own) == 1 else "one of the run's tasks"
         raise UserError(f"--task {others[0]}: is not {what} {config.task}; give its data with --data")
+    if not others and _trained_on(run) not in (None, sources(own)):
+        changed = f"the task's file {config.task} changed since the run began: what follows is of the task as it is now"
+        console.print(Text(printable(changed)), soft_wrap=True)
     given = (config.data, own) if data is None else (data, tasks)
     sets = load_sets(tasks, given[0], config.seed, of_several=len(given[1]) > 1)
     chosen = [(dataset.dev if split == "dev" else dataset.train)[:limit] for dataset in sets]

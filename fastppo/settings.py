@@ -204,7 +204,10 @@ class RewardConfig:
 class Config:
     """All settings of a run."""
 
-    task: str = _setting("cola", "task to train on, or several: A,B", pattern=(r"\S+", "the name of a task, or A,B"))
+    task: str = _setting(
+        "cola", "task to train on, or its file, or several: A,B",
+        pattern=(r"\S(.*\S)?", "the name of a task, or its file, or A,B"),
+    )  # fmt: skip
     template: str = _setting(
         "short",
         "how the task is asked: short ends with the end token, tagged with </answer>",
@@ -218,7 +221,9 @@ class Config:
         choices=("wrong", "random"),
     )
     model: str | None = _setting(None, "model folder or hub name (none: the built-in tiny model)")
-    data: str | None = _setting(None, "data folder, file or hub name (none: the built-in corpus); of several their folder")
+    data: str | None = _setting(
+        None, "data folder, file or hub name, of several tasks their folder (none: the task's own, for cola the built-in corpus)"
+    )
     out: str | None = _setting(None, "run folder to make (none: runs/TASK-TIME)")
     seed: int = _setting(0, "seed of everything random", low=0, high=2**32 - 1)
     device: str = _setting(

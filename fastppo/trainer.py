@@ -26,7 +26,7 @@ from fastppo.algorithms.ppo import Estimates
 from fastppo.algorithms.sft import sft_step
 from fastppo.batch.rollout import MiniBatch, Rollout, Sample, pack_rollout
 from fastppo.budget import Prompts
-from fastppo.config import Config
+from fastppo.config import Config, RewardConfig
 from fastppo.errors import Interrupted, UserError
 from fastppo.evaluate import allowed_answers, check_room, evaluate, mean_reward, with_interval, write_answers
 from fastppo.interrupt import Interruptible
@@ -42,7 +42,7 @@ from fastppo.rollout.trie import TokenTrie
 from fastppo.run_data import RunData
 from fastppo.scores import shown
 from fastppo.streams import PPO_LENGTH, PPO_UPDATE, rng
-from fastppo.tasks import get_tasks, load_sets
+from fastppo.tasks import get_tasks, load_sets, sources
 from fastppo.tasks.task import BUILT_IN
 from fastppo.track import Tracker
 
@@ -76,6 +76,7 @@ class State:
     most_tokens: int | None = None  # of a micro-batch, and
     most_slots: int | None = None  # of sequences sampled at a time, since memory ran out
     fingerprint: str = ""
+    task_file: str = ""  # what `Task.source` was
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Trainer:
         self.model.choose(Prompts.of([*data.train.prompts, *data.valid.prompts, *data.dev.prompts]))
         self.allowed = allowed_answers(self.model, data.train)
         check_room(self.model, data.train)
-        self.state = State(kl_coef=config.ppo.kl_coef, fingerprint=self._fingerprint())
+        self.state = State(kl_coef=config.ppo.kl_coef, fingerprint=self._fingerprint(), task_file=sources(tasks))
         self._new_optimizer()
         self.best = self.model.state()
 
@@ -379,6 +380,8 @@ class Trainer:
     def restore(self, saved: checkpoint.Checkpoint, tracker: Tracker) -> None:
         """Stand where a checkpoint stood."""
         fingerprint = self.state.fingerprint
+        if saved.state.get("task_file", "") != self.state.task_file:
+            raise UserError(f"run folder {self.run}: the task's file {self.config.task} changed since it began; put it back")
         if saved.state.get("fingerprint") != fingerprint:
             raise UserError(
                 f"run folder {self.run}: settings, data, base model, device or the versions of fastppo, torch, transformers, "
@@ -460,6 +463,10 @@ class Trainer:
         note(f"run {self.run}: {first}")
         for line in more:
             note(line)
+        if config.reward != RewardConfig():
+            for task in self.data.tasks:
+                if task.reward is not None:
+                    note(f"rewards are those of task {task.name}: --reward-preset and its like change nothing")
         if self.model.backbone.modules_because:
             note(f"{self.model.backbone.modules_because}; running transformers' modules, with the same results")
         if not self.model.backbone.packed:
@@ -475,6 +482,7 @@ class Trainer:
         data = facts.pop("data")
         return {
             "task": ",".join(task.name for task in self.data.tasks),
+            "task_file": sources(self.data.tasks),
             **facts,
             "model": self.config.model or "built-in",
             "data": data,

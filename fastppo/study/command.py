@@ -80,7 +80,7 @@ def study_of(flags: Mapping[str, str], settings: Mapping[str, str], file: Path |
         for name in ("data", "encoder", "model"):
             if isinstance(place.get(name), str):
                 place[name] = files.whole_path(place[name])
-    study = Study(**fields)
+    study = Study(**fields | {"tasks": spec.whole_names(fields["tasks"])})
     spec.check(study)
     return study
 

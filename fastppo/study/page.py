@@ -36,7 +36,7 @@ def study_page(study: Study, results: Sequence[Mapping[str, Any]], out: Path, to
     notes = [f"{' + '.join(of)}, {method}, seed {seed} failed: {why}" for (method, seed, why), of in failed.items()]
     if done < total:
         notes.insert(0, f"{done} of {total} cells are finished: the table is of those.")
-    tasks, methods = list(study.tasks), [method.name for method in study.methods]
+    tasks, methods = list(study.names.values()), [method.name for method in study.methods]
     names = ", ".join(map(str, study.seeds))
     return blocks.page(
         "fastppo study",
@@ -86,7 +86,8 @@ def _curves(study: Study, out: Path) -> Iterable[Section]:
     by_heading: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for place in study.places():
         if place.method.reinforced:
-            runs = by_heading.setdefault(f"Curves: {' + '.join(place.tasks)}, {place.method.name}", {})
+            names = " + ".join(study.names[task] for task in place.tasks)
+            runs = by_heading.setdefault(f"Curves: {names}, {place.method.name}", {})
             runs[place.seed] = _ppo_rows(place.folder(out))
     for heading, runs in by_heading.items():
         charts = []
@@ -127,7 +128,7 @@ def _settings(study: Study) -> Markup:
         rows.append((method.name, own or "–", KINDS[method.kind]))
     rows += [(key, str(value), "setting of all runs") for key, value in study.settings.items()]
     for task, settings in study.tasks.items():
-        rows += [(key, str(value), f"setting of {task}") for key, value in settings.items()]
+        rows += [(key, str(value), f"setting of {study.names[task]}") for key, value in settings.items()]
     if any(method.kind == "few-shot" for method in study.methods):
         rows.append(("shots", str(study.shots), f"examples in front of a question: {study.demonstrations}"))
     if study.encoder is not None:

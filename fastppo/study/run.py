@@ -60,15 +60,18 @@ class Runner:
         """All results. A cell that fails leaves its reason for the table and is tried again by the next run.
 
         Raises:
-            UserError: a task's data cannot be loaded. Interrupted: after a signal.
+            UserError: a task's data cannot be loaded, or its file changed. Interrupted: after a signal.
         """
         todo = [place for place in self.study.places() if not (place.folder(self.out) / RESULT).is_file()]
+        self._check_files()
         for task in dict.fromkeys(task for place in todo for task in place.tasks):  # a wrong path is known before hours of work
             self._data(task, self.study.seeds[0])
         total = sum(1 for _ in self.study.places())
         failed: list[dict[str, Any]] = []
         for number, place in enumerate(todo, total - len(todo) + 1):
-            self._say(f"cell {number}/{total}: {place.task.replace(',', ' + ')}, {place.method.name}, seed {place.seed}")
+            names = " + ".join(get_task(task).name for task in place.tasks)
+            self._say(f"cell {number}/{total}: {names}, {place.method.name}, seed {place.seed}")
+            self._check_files()
             began = time.monotonic()
             try:
                 of_tasks = self._run(place)
@@ -85,7 +88,15 @@ class Runner:
         return [*results(self.study, self.out), *failed]
 
     def _name(self, place: Place, task: str) -> dict[str, Any]:
-        return {"task": task, "method": place.method.name, "seed": place.seed}
+        known = get_task(task)
+        return {"task": known.name, "task_file": known.source, "method": place.method.name, "seed": place.seed}
+
+    def _check_files(self) -> None:
+        """All cells of a task are of the same file."""
+        sources = {task.name: task.source for task in map(get_task, self.study.tasks)}
+        for found in results(self.study, self.out):
+            if found.get("task_file", "") != sources.get(found["task"]):
+                raise UserError(f"the file of task {found['task']} changed since cells of this study were run; put it back")
 
     def _say(self, line: str) -> None:
         self.console.print(Text(printable(line)), soft_wrap=True)
@@ -169,7 +180,7 @@ def _score(task: Task, row: dict[str, Any]) -> dict[str, Any]:
 
 def write(study: Study, out: Path, found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Write ``study.json``, ``table.md`` and ``report.html`` of these results; headings and rows of the table."""
-    headings, rows = table.table(found, list(study.tasks), [method.name for method in study.methods])
+    headings, rows = table.table(found, list(study.names.values()), [method.name for method in study.methods])
     files.write_json(out / "study.json", {"results": found})
     files.write_text(out / "table.md", table.markdown(headings, rows))
     files.write_text(out / "report.html", study_page(study, found, out, sum(len(place.tasks) for place in study.places())))

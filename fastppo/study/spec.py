@@ -16,6 +16,7 @@ from fastppo import files
 from fastppo.config import LARGEST_INT, SETTINGS, Config
 from fastppo.errors import UserError
 from fastppo.tasks import data_of, get_task
+from fastppo.tasks.own import whole_name
 
 KINDS = {
     "zero-shot": "the base as it is",
@@ -70,8 +71,8 @@ class Place:
 class Study:
     """A study, whole: the same study gives the same table.
 
-    tasks: names, with settings of their own by key. data: a folder that has one for each task, named like it; None: the
-    task's own data where it has some (cola: the built-in corpus), else the hub. shots: examples in front of a few-shot
+    tasks: names or files, with settings of their own by key. data: a folder that has one for each task, named like it; None:
+    the task's own data where it has some (cola: the built-in corpus), else the hub. shots: examples in front of a few-shot
     question. demonstrations: whether they are the ``first`` of the train split or drawn from it with the seed (``random``).
     settings: of ``train``, by key.
     """
@@ -86,6 +87,11 @@ class Study:
     encoder_lr: float = 2e-5
     encoder_epochs: int = 3
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What each task is called in tables and folders."""
+        return {task: get_task(task).name for task in self.tasks}
 
     def places(self) -> Iterator[Place]:
         """All cells: task by task, then those of all tasks together."""
@@ -129,8 +135,15 @@ def check(study: Study) -> None:
         raise UserError("--encoder: is missing; expected a folder or hub name such as google-bert/bert-base-uncased")
     if not 0 < study.encoder_lr < 1 or study.encoder_epochs < 1:
         raise UserError("--encoder-lr, --encoder-epochs: expected a number between 0 and 1, and 1 or more")
+    called: dict[str, str] = {}
+    for task, name in study.names.items():
+        if called.setdefault(name, task) != task:
+            raise UserError(f"--tasks: {called[name]} and {task} are both called {name}")
     for task in study.tasks:
-        without = get_task(task).train_on
+        known = get_task(task)
+        if (study.data, known.data, known.hub) == (None, None, None):
+            raise UserError(f"--data: is missing, task {known.name} has none; expected a folder that holds {known.name}")
+        without = known.train_on
         for method in study.methods:
             if without and method.kind != "zero-shot":
                 raise UserError(f"--methods: {method.name} needs a train split, which {task} lacks; train on {without}")
@@ -212,6 +225,14 @@ def _settings(value: object, where: str, *more: str) -> dict[str, Any]:
 
 def tasks_of(text: str) -> dict[str, dict[str, Any]]:
     return _named(text, "--tasks")
+
+
+def whole_names(tasks: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Tasks that are files by their whole path, so that the study can go on from any folder. Raises UserError."""
+    whole = {whole_name(task): settings for task, settings in tasks.items()}
+    if len(whole) < len(tasks):
+        raise UserError(f"--tasks: one is given twice: {', '.join(tasks)}")
+    return whole
 
 
 def methods_of(named: str | Mapping[str, Mapping[str, Any]], where: str = "--methods") -> tuple[Method, ...]:

@@ -36,10 +36,7 @@ def test_of_two_answers_that_begin_alike_the_longer_one_is_meant():
 
 @pytest.mark.parametrize(
     ("value", "label"),
-    [
-        (1, 0), ("1.0", 0), (2.0, 1), ("rejected", 0), (" Accepted ", 1), ("YES", 1), (0, None), (True, None), ("", None),
-        (3, None),
-    ],  # fmt: skip
+    [(1, 0), ("1.0", 0), (2.0, 1), ("rejected", 0), (" Accepted ", 1), ("YES", 1), (0, None), (True, None), ("", None)],
 )
 def test_where_names_are_numbers_bare_ids_are_names(value, label):
     task = task_of(label_names=("rejected", "Accepted"), label_aliases=(("1",), ("2",)))
@@ -54,8 +51,8 @@ def test_ratings_as_words():
 
 def test_numbers_below_zero_and_small_ones():
     task = Task(name="n", template="{x}", span=(-1, 1))
-    values = (-1, "-0.5", 1e-05, "1e-05", -1.01, True, "nan")
-    assert [task.label_id(value) for value in values] == [-1, -0.5, 1e-05, None, None, None, None]
+    assert [task.label_id(value) for value in (-1, "-0.5", 1e-05)] == [-1, -0.5, 1e-05]
+    assert [task.label_id(value) for value in ("1e-05", -1.01, True, "nan")] == [None] * 4
 
 
 def test_columns_are_found_in_tables_whose_names_are_searched_in_lower_case():
