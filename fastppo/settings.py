@@ -222,7 +222,7 @@ class Config:
     )
     model: str | None = _setting(None, "model folder or hub name (none: the built-in tiny model)")
     data: str | None = _setting(
-        None, "data folder, file or hub name, of several tasks their folder (none: the task's own, for cola the built-in corpus)"
+        None, "data folder, file or hub name; of several tasks a folder (none: the task's own, for cola the built-in corpus)"
     )
     out: str | None = _setting(None, "run folder to make (none: runs/TASK-TIME)")
     seed: int = _setting(0, "seed of everything random", low=0, high=2**32 - 1)
