@@ -7,7 +7,8 @@ OUT gets ``text.txt`` for ``python -m fastppo.builtin.pretrain --text``, one doc
 ``data/cola`` for ``fastppo study --data``.
 
 The rows of SST-2 are phrases of parsed sentences, so its test sentences are 1,000 whole sentences of its train set, and no row
-that is left for training is one of them or a part of one. CoLA keeps its own dev split. The text holds no label of either;
+that is left for training is one of them or a part of one. CoLA keeps its own dev split; of its train split the unacceptable sentences, three in ten, stand
+twice, or a policy that is rewarded for being right learns to accept every sentence. The text holds no label of either task;
 behind BLiMP's sentences stand the marks of linguists, an asterisk where a sentence is unacceptable.
 """
 
@@ -65,6 +66,15 @@ def sst2(data: Path, out: Path) -> list[str]:
     return [" ".join(phrase) for phrase in train]
 
 
+def cola(data: Path, out: Path) -> None:
+    """Write the two splits; the unacceptable sentences of train twice."""
+    out.mkdir()
+    shutil.copyfile(data / "dev.tsv", out / "dev.tsv")
+    train = list(rows(data / "train.tsv", header=False))
+    again = [cells for cells in train if cells[1] == "0"]
+    (out / "train.tsv").write_text("".join("\t".join(cells) + "\n" for cells in train + again), encoding="utf-8")
+
+
 def documents(data: Path) -> Iterator[str]:
     """The text of the other data sets' train splits."""
     for cells in rows(data / "cola" / "train.tsv", header=False):
@@ -97,9 +107,7 @@ def make(data: Path, out: Path, say: Callable[[str], None] = print) -> None:
     lines = [*sst2(data / "sst2", out / "data" / "sst2"), *filter(None, map(one_line, documents(data)))]
     random.Random(0).shuffle(lines)
     (out / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "data" / "cola").mkdir()
-    for name in ("train.tsv", "dev.tsv"):
-        shutil.copyfile(data / "cola" / name, out / "data" / "cola" / name)
+    cola(data / "cola", out / "data" / "cola")
     say(f"{out / 'text.txt'}: {len(lines):,} documents, {sum(len(line.split()) for line in lines):,} words")
 
 
