@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastppo.config import (
@@ -100,6 +100,7 @@ def test_optional_numbers(text, value):
     assert load_config({"ppo.target_kl": text}).ppo.target_kl == value
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         Config,

@@ -265,14 +265,14 @@ def test_mistakes_of_an_own_reward_are_one_line(tmp_path, reward, said):
 def test_own_functions_for_rows(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"texts": ["x", "y"], "label": "a"}\n')
-    good = "lambda row, number: [{'text': t, 'label': row['label'], 'group': number} for t in row['texts']]"
+    good = "lambda row, number, labelled: [{'text': t, 'label': row['label'], 'group': number} for t in row['texts']]"
     task = get_task(written(tmp_path, with_task(expand=good, metrics="['em']"), "t.py"))
     with pytest.raises(UserError, match="has 1 group of rows"):
         load_data(task, str(rows))
     for function, said in (
-        ("lambda row, number: row", "t.py: expand for .*: returned .*; expected a list of dicts"),
-        ("lambda row, number: row['no']", "t.py, line 2: expand for .*: KeyError: 'no'"),
-        ("lambda row, number: int('x')", "rows.jsonl:1: malformed row: invalid literal"),
+        ("lambda row, number, labelled: row", "t.py: expand for .*: returned .*; expected a list of dicts"),
+        ("lambda row, number, labelled: row['no']", "t.py, line 2: expand for .*: KeyError: 'no'"),
+        ("lambda row, number, labelled: int('x')", "rows.jsonl:1: malformed row: invalid literal"),
     ):
         with pytest.raises(UserError, match=said):
             load_data(get_task(written(tmp_path, with_task(expand=function), "t.py")), str(rows))
