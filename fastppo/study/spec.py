@@ -27,7 +27,7 @@ KINDS = {
     "ppo-multi": "one policy for all tasks: PPO on all, from where --sft-examples labels of each lead",
     "encoder": "a sequence classifier, fully fine-tuned",
 }
-# Of the runs behind the methods that train; a method's own settings in a study file come after these.
+# Of the runs behind the methods that train, whatever a task's settings say; a method's own settings come after these.
 SUPERVISED = {"sft.examples": LARGEST_INT, "ppo.iterations": 0}
 OF_KIND: dict[str, dict[str, Any]] = {"sft": SUPERVISED, "sft-multi": SUPERVISED}
 RESERVED = {"task": "--tasks", "seed": "--seeds", "out": "--out", "data": "--data"}  # settings that a study has flags for
@@ -108,7 +108,7 @@ class Study:
         """The settings of a cell's run; those of single tasks are not for a run of several. Raises UserError."""
         values: dict[str, tuple[object, str]] = {}
         for where, settings in (
-            ("", self.settings), ("", OF_KIND.get(method.kind, {})), (f"tasks.{task}.", self.tasks.get(task, {})),
+            ("", self.settings), (f"tasks.{task}.", self.tasks.get(task, {})), ("", OF_KIND.get(method.kind, {})),
             (f"methods.{method.name}.", method.settings),
         ):  # fmt: skip
             values |= {key: (value, where + key) for key, value in settings.items()}

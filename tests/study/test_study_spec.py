@@ -37,6 +37,13 @@ def test_a_file_with_settings_of_tasks_and_methods(tmp_path):
     assert reinforced.sample.max_new_tokens == 6 and reinforced.sample.stop == ("x",)
 
 
+def test_what_a_task_says_of_ppo_is_not_for_its_supervised_run(tmp_path):
+    study = study_of("tasks: {cola: {ppo.iterations: 5, sft.examples: 7, sft.epochs: 2}}\nmethods: [sft, ppo]", tmp_path)
+    supervised, reinforced = (study.config("cola", method, 0) for method in study.methods)
+    assert (supervised.sft.examples, supervised.ppo.iterations, supervised.sft.epochs) == (LARGEST_INT, 0, 2)
+    assert (reinforced.sft.examples, reinforced.ppo.iterations, reinforced.sft.epochs) == (7, 5, 2)
+
+
 def test_flags_come_after_the_file(tmp_path):
     study = study_of(FILE, tmp_path, methods="zero-shot", seeds="7", **{"ppo.iterations": "9", "sample.stop": "\\n"})
     assert [method.kind for method in study.methods] == ["zero-shot"] and study.seeds == (7,)
