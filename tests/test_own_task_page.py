@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from small import REPO, call
 
+from fastppo import cli
+from fastppo.tasks import get_task, load_data
+
 BLOCK = re.compile(r"^<!-- (?:file: (?P<file>\S+)|(?P<run>run)) -->\n```\w+\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -43,6 +46,17 @@ def test_example(blocks: list[tuple[str, str]], name: str, tmp_path: Path) -> No
     summary = json.loads((tmp_path / "runs" / task / "summary.json").read_text())
     assert commands >= 2 and summary["task"] == task and list(summary["stages"]) == ["zero_shot", "sft", "ppo"]
     assert (summary["data"]["train"], summary["data"]["dev"]) == (7, 1)
+
+
+def test_the_example_of_the_readme(tmp_path: Path) -> None:
+    """What its files say, and that its command is understood; trained is on the page."""
+    (file, text), (rows, data), (_, command) = steps("README.md")["tickets.yaml"]
+    (tmp_path / file).write_text(text)
+    (tmp_path / rows).write_text(data)
+    found = load_data(get_task(str(tmp_path / file)), str(tmp_path / rows))
+    assert sorted(str(example.label) for example in (*found.train, *found.dev)) == ["0", "1", "2"]
+    args = cli._parse(shlex.split(command)[1:])
+    assert (args.task, args.data) == (file, rows)
 
 
 def test_both_examples_are_found() -> None:
