@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastppo import __version__, config, files
 from fastppo.errors import Interrupted, UserError, is_out_of_memory, printable
+
+if TYPE_CHECKING:
+    from fastppo.tasks import Task
 
 EXIT_USER_ERROR = 2
 CONFIG_HELP = f"settings in a YAML or TOML file, or the name of a preset: {', '.join(config.PRESETS)}"
@@ -110,10 +113,10 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     )  # fmt: skip
 
     report = commands.add_parser(
-        "report", help="write a run's report.html, finished or not", allow_abbrev=False
+        "report", help="write a run's or study's report.html, finished or not", allow_abbrev=False
     )
-    report.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    report.add_argument("--to", metavar="FILE", type=Path, help="where to write it (default: report.html in the run folder)")
+    report.add_argument("run", metavar="RUN", type=Path, help="folder of a run or study")
+    report.add_argument("--to", metavar="FILE", type=Path, help="where to write it (default: report.html in that folder)")
 
     export = commands.add_parser("export", help="write a run's adapter, or a merged model", allow_abbrev=False)
     export.add_argument("run", metavar="RUN", type=Path, help="run folder")
@@ -206,6 +209,8 @@ def _train(args: argparse.Namespace) -> None:
         tasks = get_tasks(settings.task, settings.template, to_train=True)  # a wrong name is known before seconds of imports
         run = _new_run(settings, "+".join(task.name for task in tasks))
     console = _console()
+    if not args.resume:
+        _say_built_in(settings, tasks, console)
     console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
     try:
         import torch
@@ -222,6 +227,22 @@ def _train(args: argparse.Namespace) -> None:
         began = (run / "config.yaml").exists()
         signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
         raise Interrupted(signum, f"go on with: {_resume(run)}" if began else "nothing was trained yet") from None
+
+
+def _say_built_in(settings: config.Config, tasks: "Sequence[Task]", console: Any) -> None:
+    """What of fastppo's own is used, and the command for a real model."""
+    from fastppo.tasks.task import BUILT_IN
+
+    corpus = settings.data is None and any(task.data == BUILT_IN for task in tasks)
+    builtin = [what for what, used in (("model", settings.model is None), ("corpus", corpus)) if used]
+    if not builtin:
+        return
+    hub = tasks[0].hub
+    data = "FOLDER" if len(tasks) > 1 else ":".join(hub) if hub else settings.data
+    on = "" if data is None else f" --data {shlex.quote(data)}"
+    real = f"fastppo train --task {shlex.quote(settings.task)} --model Qwen/Qwen2.5-0.5B{on}"
+    said = f"using the built-in {' and '.join(builtin)}; for a real one: {real}"
+    console.print(printable(said), markup=False, soft_wrap=True)
 
 
 def _resume(run: Path) -> str:
@@ -248,9 +269,11 @@ def _new_run(settings: config.Config, tasks: str) -> Path:
 
 def _existing(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
-        raise UserError(
-            f"run folder {run}: " + ("has no config.yaml, so no run began there" if run.exists() else "no such folder")
-        )
+        why = "has no config.yaml, so no run began there" if run.exists() else "no such folder"
+        if (run / "study.yaml").is_file():
+            go_on = f"fastppo study --resume {shlex.quote(str(run))}"
+            why = f"is a study, whose runs are its folders cells/TASK/METHOD/seed-N; go on with it: {go_on}"
+        raise UserError(f"run folder {run}: {why}")
     return run
 
 
@@ -277,14 +300,21 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    run = _existing(args.run)
+    study = (args.run / "study.yaml").is_file()
+    folder = args.run if study else _existing(args.run)
     if args.to is not None and args.to.suffix != ".html":  # no other file is ever written over
         raise UserError(f"--to: {args.to} is not allowed; expected a name that ends in .html")
     from fastppo import report
 
-    to = args.to or run / report.NAME
-    report.write_report(run, to)
-    _console().print(f"wrote {printable(str(to))}", markup=False, soft_wrap=True)
+    to = args.to or folder / report.NAME
+    if study:
+        from fastppo.study import command
+
+        notes = command.report(folder, to)
+    else:
+        notes = report.write_report(folder, to)
+    for line in (f"wrote {to}", *notes):
+        _console().print(printable(line), markup=False, soft_wrap=True)
 
 
 def _export(args: argparse.Namespace) -> None:

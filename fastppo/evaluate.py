@@ -232,7 +232,7 @@ def write_answers(run: Path, stage: str, results: Sequence[Evaluation]) -> None:
     (``predicted``, null: malformed)."""
     folder = run / "answers"
     with files.disk_errors(folder):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     files.write_json_lines(
         folder / f"{stage}.jsonl",
         (

@@ -253,6 +253,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is no such file, or it holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 class JsonLines:
     """A file of one JSON object per line, only ever appended to, or cut back to where a checkpoint was taken."""
 

@@ -120,11 +120,13 @@ class RunData:
 
     def counts(self) -> list[str]:
         """What there is, in words: of all, and of each of several tasks."""
+        used = [f"{len(self.warm):,} for SFT"] if self.warm else []
+        if self.config.ppo.iterations:
+            used += [f"{len(self.train):,} for PPO", f"{len(self.valid):,} held out to choose the checkpoint"]
+        else:
+            used.append(f"{len(self.valid):,} held out")
         rows = sum(len(data.train) for data in self.sets)
-        lines = [
-            f"{rows:,} train rows ({len(self.warm):,} for SFT, {len(self.train):,} for PPO, "
-            f"{len(self.valid):,} held out to choose the checkpoint), {len(self.dev):,} dev rows"
-        ]
+        lines = [f"{rows:,} train rows ({', '.join(used)}), {len(self.dev):,} dev rows"]
         if self.several:
             train, dev, passes = self.train.by_task(), self.dev.by_task(), self._passes()
             for name in train:

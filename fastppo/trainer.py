@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,15 +42,9 @@ from fastppo.run_data import RunData
 from fastppo.scores import shown
 from fastppo.streams import PPO_LENGTH, PPO_UPDATE, rng
 from fastppo.tasks import get_tasks, load_sets, sources
-from fastppo.tasks.task import BUILT_IN
 from fastppo.track import Tracker
 
 PPO_PHASES = ("sample", "score", "estimate", "update")  # of ``seconds``: what samples_per_s counts
-
-REAL_MODEL_HINT = (
-    "using the built-in {what}; for a real one: "
-    "fastppo train --task {task} --model Qwen/Qwen2.5-0.5B{on}"
-)
 
 
 @dataclass
@@ -207,7 +200,7 @@ class Trainer:
         """Run the stages that are not done; write and show the summary."""
         self.tracker = tracker
         self.model.notify = tracker.note
-        if self.state.stage == "done" and (self.run / "summary.json").is_file():
+        if self.state.stage == "done" and all(files.read_json(self.run / name) for name in ("setup.json", "summary.json")):
             self.tracker.note(f"run {self.run}: is finished already, nothing to do")
             if not (self.run / "adapter").is_dir():
                 self._save_adapter()
@@ -452,18 +445,12 @@ class Trainer:
     # -- what the user sees -------------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
-        config, note = self.config, self.tracker.note
-        builtin = ["model"] * (config.model is None) + ["corpus"] * any(data.origin == BUILT_IN for data in self.data.sets)
-        if builtin:
-            hub = self.data.tasks[0].hub
-            data = "FOLDER" if self.data.several else ":".join(hub) if hub else config.data
-            on = "" if data is None else f" --data {shlex.quote(data)}"
-            note(REAL_MODEL_HINT.format(what=" and ".join(builtin), task=shlex.quote(config.task), on=on))
+        note = self.tracker.note
         first, *more = self.data.counts()
         note(f"run {self.run}: {first}")
         for line in more:
             note(line)
-        if config.reward != RewardConfig():
+        if self.config.reward != RewardConfig():
             for task in self.data.tasks:
                 if task.reward is not None:
                     note(f"rewards are those of task {task.name}: --reward-preset and its like change nothing")

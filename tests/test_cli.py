@@ -227,6 +227,26 @@ def test_model_and_data_on_this_disk_are_kept_by_their_whole_path(tmp_path, monk
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "model and corpus; for a real one: {} --task cola --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:cola\n"),
+        ("--task sst2 --data d", "model; for a real one: {} --task sst2 --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:sst2\n"),
+        ("--task sst2,cola", "model and corpus; for a real one: {} --task sst2,cola --model Qwen/Qwen2.5-0.5B --data FOLDER\n"),
+        ("--model m", "corpus; for a real one: "),
+        ("--model m --data d", None),
+    ],
+)
+def test_the_built_in_model_and_corpus_are_named_once_at_the_start(calls, capsys, line, said):
+    assert cli.main(["train", "--out", "r", *line.split()]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"using the built-in {said.format('fastppo train')}" if said else "loading PyTorch")
+    assert out.count("built-in") == bool(said)
+    a_run()
+    assert cli.main(["train", "--resume", "r"]) == 0
+    assert "built-in" not in capsys.readouterr().out
+
+
 def test_version_and_help(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"fastppo {fastppo.__version__}\n"

@@ -1,6 +1,7 @@
 """One policy for several tasks: what is mixed, whose parser, reward and metric an example has, and what a run leaves behind."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -236,6 +237,33 @@ def test_the_report_has_a_part_for_each_task(mixed):
         assert text in page, text
     shared = page[: page.index("cola: results")]
     assert "Confusion matrix" not in shared and "Reward by class" not in shared and "cola/" not in page
+
+
+def test_the_report_says_what_is_damaged_of_a_task(mixed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(mixed[0], run)
+    assert report.write_report(run, run / "report.html") == []
+    summary = json.loads((run / "summary.json").read_text())
+    summary["tasks"]["mnli"]["labels"] = None
+    summary["stages"]["ppo"]["tasks"]["cola"]["mcc"] = None
+    summary["stages"]["ppo"]["tasks"]["stsb"] = 3
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert report.write_report(run, run / "report.html") == [
+        "summary.json is damaged: it has no usable tasks.mnli.labels, stages.ppo.tasks.cola.mcc, stages.ppo.tasks.stsb."
+    ]
+
+
+def test_the_report_knows_the_tasks_of_files_by_the_set_up(mixed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(mixed[0], run)
+    settings = (run / "config.yaml").read_text()
+    for names, note in (
+        ("/gone/colla.py,stsb,mnli", None),
+        ("colla,stsb", "config.yaml: task 'colla' is not known: "),
+    ):
+        (run / "config.yaml").write_text(settings.replace(NAMES, names))
+        notes = report.write_report(run, run / "report.html")
+        assert [line[: len(note or "")] for line in notes] == ([note] if note else [])
 
 
 def test_it_is_planned_and_exported(mixed, world, all_data, tmp_path, capsys):

@@ -59,7 +59,7 @@ MOMENTS = {
     "before the answers of a stage are in place": ("os", "replace", 3),
     "between a stage's answers and its checkpoint": ("fastppo.checkpoint", "save_checkpoint", 1),
     "before the summary": ("fastppo.files", "write_json", 2),
-    "before the report": ("fastppo.report.run", "run_report", 1),
+    "before the report": ("fastppo.report.run", "read_records", 1),
     "in the first checkpoint, before its first file": ("fastppo.checkpoint", "save_file", 1),
     "in a checkpoint, before its last file": ("fastppo.checkpoint", "save_file", 12),
     "in the last checkpoint": ("fastppo.checkpoint", "save_file", 26),

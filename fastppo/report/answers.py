@@ -67,15 +67,16 @@ def confusion(rows: Sequence[Row], labels: Labels) -> tuple[list[str], list[str]
     return names, [*names, "malformed"], [[counts[right, given] for given in [*classes, None]] for right in classes]
 
 
-def given_and_right(records: Records, labels: Labels) -> Section:
-    """The confusion matrix of each stage; where labels are numbers instead of classes, given against right answers."""
-    matrices = {stage: confusion(rows, labels) for stage, rows in records.answers.items()}
-    maps = [blocks.heat_map(STAGES.get(stage, stage), *matrix) for stage, matrix in matrices.items() if matrix]
+def given_and_right(answers: Mapping[str, Sequence[Row]], labels: Labels) -> Section:
+    """The confusion matrix of each one's answers, by its name; where labels are numbers instead of classes, given against right
+    answers."""
+    matrices = {name: confusion(rows, labels) for name, rows in answers.items()}
+    maps = [blocks.heat_map(name, *matrix) for name, matrix in matrices.items() if matrix]
     if maps:
         wide = any(matrix and len(matrix[0]) > NARROW for matrix in matrices.values())
         text = "Greedy answers to the dev set, by right answer and given answer; shares are those of a row."
         return Section("Confusion matrix", maps if wide else [blocks.grid(*maps)], text)
-    plots = [_scattered(STAGES.get(stage, stage), rows) for stage, rows in records.answers.items()]
+    plots = [_scattered(name, rows) for name, rows in answers.items()]
     return Section("Given and right answers", [blocks.grid(*plots)], "Greedy answers to the dev set; each dot is one.")
 
 
@@ -91,14 +92,22 @@ def _scattered(title: str, rows: Sequence[Row]) -> Markup:
 
 def before_and_after(records: Records, labels: Labels) -> Section:
     """Some examples of the dev set with the answers after each stage; folded: some that were sampled in training."""
-    shown = list(_cards(records, labels))
+    shown = [beside_each_other(by_stage(records), labels), *_sampled(records, labels)]
     return Section("Answers before and after", shown, "Greedy answers to the same examples of the dev set.")
 
 
-def _cards(records: Records, labels: Labels) -> Iterable[Markup]:
-    by_stage = {s: {_key(row, i): row for i, row in enumerate(rows)} for s, rows in records.answers.items() if rows}
-    if by_stage:
-        yield blocks.answer_cards([_card(key, by_stage, labels) for key in _chosen(by_stage)])
+def by_stage(records: Records) -> dict[str, list[dict[str, Any]]]:
+    """A run's answers to the dev set by the shown names of its stages."""
+    return {STAGES.get(stage, stage): rows for stage, rows in records.answers.items()}
+
+
+def beside_each_other(answers: Mapping[str, Sequence[Row]], labels: Labels) -> Markup:
+    """Cards of some examples of the dev set with everyone's answer, by name; the last one's answers choose the examples."""
+    keyed = {name: {_key(row, i): row for i, row in enumerate(rows)} for name, rows in answers.items() if rows}
+    return blocks.answer_cards([_card(key, keyed, labels) for key in _chosen(keyed)]) if keyed else Markup()
+
+
+def _sampled(records: Records, labels: Labels) -> Iterable[Markup]:
     rows = [row for row in records.samples if is_number(row.get("step"))]
     if rows:
         steps = sorted({row["step"] for row in rows})
@@ -111,11 +120,11 @@ def _key(row: Row, place: int) -> str:
     return str(row.get("origin") or place)
 
 
-def _chosen(by_stage: Mapping[str, Mapping[str, Row]]) -> list[str]:
+def _chosen(answers: Mapping[str, Mapping[str, Row]]) -> list[str]:
     """Of every way that examples went some, spread over the data set; what was learned comes first, then what was unlearned."""
     groups: dict[tuple[bool | None, ...], list[str]] = {}
-    for key in list(by_stage.values())[-1]:
-        went = tuple(_verdict(rows[key])[1] if key in rows else None for rows in by_stage.values())
+    for key in list(answers.values())[-1]:
+        went = tuple(_verdict(rows[key])[1] if key in rows else None for rows in answers.values())
         groups.setdefault(went, []).append(key)
     order = sorted(groups, key=lambda w: ((w[0], w[-1]) != (False, True), (w[0], w[-1]) != (True, False), str(w)))
     shown = {went: min(CARDS, len(groups[went])) for went in order}
@@ -123,11 +132,11 @@ def _chosen(by_stage: Mapping[str, Mapping[str, Row]]) -> list[str]:
     return [keys[i] for i in range(CARDS) for keys in turns if i < len(keys)][:CARDS]
 
 
-def _card(key: str, by_stage: Mapping[str, Mapping[str, Row]], labels: Labels) -> Card:
-    stages = {stage: rows[key] for stage, rows in by_stage.items() if key in rows}
-    last = list(stages.values())[-1]
-    answers = [Answer(STAGES.get(s, s), _text(row), *_verdict(row)) for s, row in stages.items()]
-    return Card(key, as_dict(last.get("fields")), labels.right_answer(last.get("label")), answers)
+def _card(key: str, answers: Mapping[str, Mapping[str, Row]], labels: Labels) -> Card:
+    found = {name: rows[key] for name, rows in answers.items() if key in rows}
+    last = list(found.values())[-1]
+    shown = [Answer(name, _text(row), *_verdict(row)) for name, row in found.items()]
+    return Card(key, as_dict(last.get("fields")), labels.right_answer(last.get("label")), shown)
 
 
 def _sample(row: Row, labels: Labels) -> Card:

@@ -3,7 +3,7 @@
 Every block is a function that returns `Markup`; `page` puts them into a whole document. What a caller passes as text is
 untrusted wherever it came from: it is escaped, and characters that are invisible or reorder their neighbours are written as
 escapes (``\\u202e``). Only `Markup`, which the blocks themselves return, goes in as it is. The document allows no script, no
-image and no address outside itself (Content-Security-Policy), and its only style is the style sheet beside this file, so no
+image and nothing from outside itself (Content-Security-Policy), and its only style is the style sheet beside this file, so no
 markup could come alive even where it got through.
 
 A page of several runs, for example::
@@ -18,6 +18,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -67,6 +69,7 @@ def line_chart(
     zero: bool = False,
     at: float | None = None,
     x_range: tuple[float, float] | None = None,
+    last: bool = True,
 ) -> Markup:
     """Curves over a common x axis, to stand in a `grid`.
 
@@ -77,6 +80,7 @@ def line_chart(
         zero: the y axis begins at 0 (or ends there).
         at: an x that is marked by a vertical line.
         x_range: what the x axis covers at least, so that charts beside each other have the same.
+        last: the first curve's last value stands beside the title.
     """
     shown = [_drawable(one, i) for i, one in enumerate(series)]
     shown = [one for one in shown if one["points"]]
@@ -104,7 +108,7 @@ def line_chart(
         title=title,
         explained=explained,
         series=shown,
-        last=_value(first["points"][-1][1], percent) if first["joined"] else "",
+        last=_value(first["points"][-1][1], percent) if last and first["joined"] else "",
         alt="; ".join(_in_words(one, x, percent) for one in shown),
         x=x,
         x_ticks=[(x_axis.place(t), number(t)) for t in x_axis.ticks(5, whole=all(v == int(v) for v in xs))],
@@ -114,17 +118,18 @@ def line_chart(
 
 
 def interval_plot(
-    title: str, rows: Sequence[tuple[str, float, float, float]], *, explained: str = "", percent: bool = False
+    title: str, rows: Sequence[tuple[str, float, float, float]], *, explained: str = "", percent: bool = False, digits: int = 3
 ) -> Markup:
-    """One line a row: its name, a dot at its value, and its interval (name, value, low, high) on a common scale."""
+    """One line a row: its name, a dot at its value, and its interval (name, value, low, high) on a common scale. digits: behind
+    the point, where a row is said in words."""
     rows = [row for row in rows if all(map(is_number, row[1:]))]
     if not rows:
         return Markup()
     axis = Axis.over([v for _, *values in rows for v in values], 110, WIDTH - 16, margin=0.05)
     lines = [
-        {"name": shortened(name, 17), "y": 18 + 30 * i, "color": i % COLORS,
+        {"name": shortened(name, 14), "y": 18 + 30 * i, "color": i % COLORS,
          "dot": axis.place(value), "low": axis.place(low), "high": axis.place(high),
-         "text": f"{name}: {score(value, percent)}, from {score(low, percent)} to {score(high, percent)}"}
+         "text": "{}: {}, from {} to {}".format(name, *(score(v, percent, digits) for v in (value, low, high)))}
         for i, (name, value, low, high) in enumerate(rows)
     ]  # fmt: skip
     ticks = [(axis.place(t), text) for t, text in _tick_texts(axis.ticks(4), percent)]
@@ -170,9 +175,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Cell]], *, text_columns:
     return _render("table", heads=heads, rows=rows, text_columns=text_columns, caption=caption)
 
 
-def with_interval(value: float, low: float, high: float, *, percent: bool = False) -> Markup:
+def with_interval(value: float, low: float, high: float, *, percent: bool = False, digits: int = 3) -> Markup:
     """A figure with its interval, for a cell of a `table`."""
-    return Markup("<b>{}</b> <small>[{}, {}]</small>").format(*(score(v, percent) for v in (value, low, high)))
+    return Markup("<b>{}</b> <small>[{}, {}]</small>").format(*(score(v, percent, digits) for v in (value, low, high)))
+
+
+def link(text: str, path: str) -> Markup:
+    """A link to another file, by its path from the page's own folder."""
+    return Markup('<a href="{}">{}</a>').format(urllib.parse.quote(os.fsencode(path)), shortened(visible(text)))
 
 
 def tiles(items: Sequence[tuple[str, str, str]]) -> Markup:
@@ -221,9 +231,9 @@ def grid(*blocks: Markup) -> Markup:
     return _render("grid", blocks=shown) if shown else Markup()
 
 
-def folded(title: str, *blocks: Markup) -> Markup:
-    """Blocks that are shown when the reader opens them."""
-    return _render("folded", title=title, blocks=blocks)
+def folded(title: str, *blocks: Markup, opened: bool = False) -> Markup:
+    """Blocks that are shown when the reader opens them; opened: until he closes them."""
+    return _render("folded", title=title, blocks=blocks, opened=opened)
 
 
 def paragraph(text: str) -> Markup:
@@ -279,9 +289,9 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
 
 
-def score(value: float, percent: bool = False) -> str:
-    """A score for a table: three digits behind the point, in percent one."""
-    return f"{value:.1%}" if percent else f"{value:z.3f}"
+def score(value: float, percent: bool = False, digits: int = 3) -> str:
+    """A score for a table: so many digits behind the point, in percent one."""
+    return f"{value:.1%}" if percent else f"{value:z.{digits}f}"
 
 
 def _value(value: float, percent: bool) -> str:

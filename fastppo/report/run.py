@@ -14,7 +14,7 @@ from markupsafe import Markup
 from fastppo import config as config_module
 from fastppo import files
 from fastppo.report import blocks
-from fastppo.report.answers import Labels, before_and_after, given_and_right
+from fastppo.report.answers import Labels, before_and_after, by_stage, given_and_right
 from fastppo.report.blocks import Section, Series, is_number, number
 from fastppo.report.read import Records, as_dict, by_task, read_records
 from fastppo.scores import title
@@ -46,6 +46,7 @@ class Chart(NamedTuple):
 CHARTS = (
     Chart("Reward", "mean of an iteration's sampled answers", {"reward": "sampled", "valid_reward": "held out, greedy"}),
     Chart("Accuracy", "answers that are right", {"accuracy": "sampled", "valid_accuracy": "held out, greedy"}, percent=True),
+    Chart("Error", "of answers that are a number, in the mean", {"error": "sampled"}, zero=True),
     Chart("Malformed answers", "sampled answers that are no answer", {"malformed": "malformed"}, percent=True, zero=True),
     Chart("KL to the reference", "nats a sampled answer", {"kl": "KL"}),
     Chart("Entropy", "of the policy, nats a token; near 0 it explores no more", {"entropy": "entropy"}, zero=True),
@@ -73,18 +74,24 @@ NO_CURVES = {"stage", "step"}
 X_NAMES = {"SFT": "SFT step", "PPO": "PPO iteration"}
 
 
-def write_report(run: Path, to: Path) -> None:
-    """Write the report of a run, whatever of it there is, to one HTML file.
+def write_report(run: Path, to: Path) -> list[str]:
+    """Write the report of a run, whatever of it there is, to one HTML file. Returns the lines on what is unfinished, missing or
+    damaged, which stand on the page too.
 
     Raises:
         UserError: there is no such folder, or the file cannot be written.
     """
-    files.write_text(to, run_report(run))
+    records = read_records(run)
+    files.write_text(to, _page(records))
+    return _notes(records)
 
 
 def run_report(run: Path) -> str:
     """The report of a run, as HTML."""
-    records = read_records(run)
+    return _page(read_records(run))
+
+
+def _page(records: Records) -> str:
     tasks = by_task(records)
     task = records.setup.get("task") or (records.config.task if records.config else "run")
     return blocks.page(
@@ -98,8 +105,8 @@ def run_report(run: Path) -> str:
             Section("Settings", _settings(records)),
             Section("Device and checks", [_device(records)]),
         ],
-        badge="" if records.finished else "not finished",
-        notes=records.notes if records.finished else [_unfinished(records), *records.notes],
+        badge="" if records.finished else "damaged" if records.trained else "not finished",
+        notes=_notes(records),
     )
 
 
@@ -107,12 +114,12 @@ def _answers(records: Records, tasks: Mapping[str, Records]) -> Iterable[Section
     """What was answered; of several tasks each with its own results and curves in front of that."""
     for name, of_task in tasks.items():
         labels = Labels.of(of_task.setup)
-        sections = [Section("Results", _results(of_task)), *_curves(of_task, {}), given_and_right(of_task, labels)]
+        sections = [Section("Results", _results(of_task)), *_curves(of_task, {}), given_and_right(by_stage(of_task), labels)]
         for section in (*sections, before_and_after(of_task, labels)):
             yield Section(f"{name}: {section.title[:1].lower()}{section.title[1:]}", section.blocks, section.text)
     if not tasks:
         labels = Labels.of(records.setup)
-        yield given_and_right(records, labels)
+        yield given_and_right(by_stage(records), labels)
         yield before_and_after(records, labels)
 
 
@@ -126,11 +133,17 @@ def _subtitle(records: Records) -> str:
     return " · ".join(parts)
 
 
-def _unfinished(records: Records) -> str:
+def _notes(records: Records) -> list[str]:
+    if records.finished:
+        return records.notes
+    command = f"fastppo train --resume {shlex.quote(str(records.run))}"
+    if records.trained:
+        first = "This run is finished, but has no summary: its figures are those of its last checkpoint."
+        return [f"{first} {command} writes it again.", *records.notes]
     stage, step = records.results.get("stage"), records.results.get("step")
     where = f" Its last checkpoint stands in stage {stage} after step {step}." if stage else ""
-    go_on = f"fastppo train --resume {shlex.quote(str(records.run))}"
-    return f"This run is not finished: what follows is what there is so far.{where} Go on with: {go_on}"
+    first = f"This run is not finished: what follows is what there is so far.{where} Go on with: {command}"
+    return [first, *records.notes]
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

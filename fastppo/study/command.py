@@ -34,20 +34,44 @@ def begin(
     if not files.is_unused(folder):
         go_on = f", or go on with it: {_resume(folder)}" if (folder / SPEC).exists() else ""
         raise UserError(f"--out: {folder} exists and is not empty; choose another folder{go_on}")
+    spec.check_data(study, study.tasks)
     with files.lock_run(folder):
         spec.save(study, folder / SPEC)
-        return _run(study, folder, console)
+        if study.settings.get("model") is None:
+            console.print("using the built-in model; for a real one: --model Qwen/Qwen2.5-0.5B", soft_wrap=True)
+        return _run(study, folder, console, resumed=False)
 
 
 def resume(folder: Path, console: rich.console.Console) -> int:
     """Go on with a study that was begun; as ``begin``."""
+    if (folder / "config.yaml").is_file() and not (folder / SPEC).exists():
+        raise UserError(f"study folder {folder}: is a run; go on with it: fastppo train --resume {shlex.quote(str(folder))}")
+    study = _begun(folder)
+    with files.lock_run(folder):
+        return _run(study, folder, console, resumed=True)
+
+
+def report(folder: Path, to: Path) -> list[str]:
+    """Write the page of a study, whatever of it there is; the lines on what is unfinished, failed or damaged.
+
+    Raises:
+        UserError: no study began there, or the file cannot be written.
+    """
+    study = _begun(folder)
+    from fastppo.study import run
+
+    page, notes = run.page(study, folder, to)
+    files.write_text(to, page)
+    return notes
+
+
+def _begun(folder: Path) -> Study:
     if not (folder / SPEC).is_file():
         why = f"has no {SPEC}, so no study began there" if folder.exists() else "no such folder"
         raise UserError(f"study folder {folder}: {why}")
     study = Study(**spec.read(folder / SPEC))
     spec.check(study)
-    with files.lock_run(folder):
-        return _run(study, folder, console)
+    return study
 
 
 def study_of(flags: Mapping[str, str], settings: Mapping[str, str], file: Path | None) -> Study:
@@ -89,12 +113,12 @@ def _resume(folder: Path) -> str:
     return f"fastppo study --resume {shlex.quote(str(folder))}"
 
 
-def _run(study: Study, folder: Path, console: rich.console.Console) -> int:
+def _run(study: Study, folder: Path, console: rich.console.Console, *, resumed: bool) -> int:
     console.print("loading PyTorch and transformers")  # seconds, in which nothing else would be seen
     from fastppo.study import run
 
     try:
-        return run.run(study, folder, console)
+        return run.run(study, folder, console, resumed=resumed)
     except (Interrupted, KeyboardInterrupt) as stop:
         import signal
 

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import random
 import time
 from pathlib import Path
@@ -23,30 +22,42 @@ from fastppo import files, trainer
 from fastppo.budget import Prompts
 from fastppo.config import Config
 from fastppo.errors import UserError, printable
-from fastppo.evaluate import encode, evaluate, row_of, with_interval
+from fastppo.evaluate import encode, evaluate, row_of, with_interval, write_answers
 from fastppo.model.actor_critic import ActorCritic
 from fastppo.model.load import load_base, pick_device
+from fastppo.report import NAME
 from fastppo.study import table
 from fastppo.study.encoder import train_encoder
 from fastppo.study.page import study_page
-from fastppo.study.spec import Place, Study
+from fastppo.study.spec import Place, Study, check_data
 from fastppo.tasks import Dataset, Example, Task, get_task, load_data
 
 RESULT = "result.json"
 
 
-def results(study: Study, out: Path) -> list[dict[str, Any]]:
-    """What the finished cells found, in their order, one of each task. Raises UserError for a file that is no result."""
-    found = []
+Key = tuple[str, str, int]
+"""Of a result: task, name of the method, seed."""
+
+
+def named(key: Key) -> dict[str, Any]:
+    """What a result says of its place."""
+    return dict(zip(("task", "method", "seed"), key, strict=True))
+
+
+def results(study: Study, out: Path) -> tuple[dict[Key, dict[str, Any]], list[str]]:
+    """(what the finished cells found of each task, by key and in their order; a line on each damaged file, whose cell counts as
+    not finished)."""
+    found: dict[Key, dict[str, Any]] = {}
+    damaged = []
     for place in study.places():
         path = place.folder(out) / RESULT
-        if path.is_file():
-            try:
-                one = json.loads(path.read_bytes())
-            except ValueError:
-                raise UserError(f"{path}: is not JSON; remove it and the cell is run again") from None
-            found += one.get("results", [one])
-    return found
+        result = files.read_json(path) or {}
+        of_tasks = result.get("results", [result])
+        if isinstance(of_tasks, list) and len(of_tasks) == len(place.keys) and all(map(table.is_result, of_tasks)):
+            found |= {key: {**one, **named(key)} for key, one in zip(place.keys, of_tasks, strict=True)}
+        elif path.exists():
+            damaged.append(f"{path.relative_to(out)} is damaged: the cell counts as not finished.")
+    return found, damaged
 
 
 class Runner:
@@ -56,47 +67,49 @@ class Runner:
         self.study, self.out, self.console = study, out, console
         self.base: ActorCritic | None = None  # of the methods that train nothing; they share it
 
-    def go(self) -> list[dict[str, Any]]:
-        """All results. A cell that fails leaves its reason for the table and is tried again by the next run.
+    def go(self, *, resumed: bool) -> list[dict[str, Any]]:
+        """The cells that failed: each leaves its reason for the table and is tried again by the next run. resumed: data may be
+        gone since the study began.
 
         Raises:
-            UserError: a task's data cannot be loaded, or its file changed. Interrupted: after a signal.
+            UserError: it is gone, or a task's file changed. Interrupted: after a signal.
         """
-        todo = [place for place in self.study.places() if not (place.folder(self.out) / RESULT).is_file()]
+        found, damaged = results(self.study, self.out)
+        for line in damaged:
+            self._say(f"{line} It is run again.")
+        todo = [place for place in self.study.places() if place.keys[0] not in found]
         self._check_files()
-        for task in dict.fromkeys(task for place in todo for task in place.tasks):  # a wrong path is known before hours of work
-            self._data(task, self.study.seeds[0])
+        if resumed:
+            check_data(self.study, dict.fromkeys(task for place in todo for task in place.tasks))
         total = sum(1 for _ in self.study.places())
         failed: list[dict[str, Any]] = []
         for number, place in enumerate(todo, total - len(todo) + 1):
-            names = " + ".join(get_task(task).name for task in place.tasks)
-            self._say(f"cell {number}/{total}: {names}, {place.method.name}, seed {place.seed}")
+            self._say(f"cell {number}/{total}: {place.title}")
             self._check_files()
             began = time.monotonic()
             try:
                 of_tasks = self._run(place)
             except UserError as error:
                 self._say(f"failed: {error}")
-                failed += [{**self._name(place, task), "failed": str(error)} for task in place.tasks]
-                continue
-            folder = place.folder(self.out)
-            folder.mkdir(parents=True, exist_ok=True)
-            seconds = time.monotonic() - began
-            found = [{**self._name(place, task), "seconds": seconds, **result} for task, result in of_tasks.items()]
-            files.write_json(folder / RESULT, found[0] if len(found) == 1 else {"results": found})
-            write(self.study, self.out, [*results(self.study, self.out), *failed])
-        return [*results(self.study, self.out), *failed]
-
-    def _name(self, place: Place, task: str) -> dict[str, Any]:
-        known = get_task(task)
-        return {"task": known.name, "task_file": known.source, "method": place.method.name, "seed": place.seed}
+                failed += [{**named(key), "failed": str(error)} for key in place.keys]
+            else:
+                folder = place.folder(self.out)
+                folder.mkdir(parents=True, exist_ok=True)
+                seconds = time.monotonic() - began
+                one, *more = [
+                    {**named(key), "task_file": get_task(task).source, "seconds": seconds, **of_tasks[task]}
+                    for task, key in zip(place.tasks, place.keys, strict=True)
+                ]
+                files.write_json(folder / RESULT, {"results": [one, *more]} if more else one)
+            write(self.study, self.out, failed)
+        return failed
 
     def _check_files(self) -> None:
         """All cells of a task are of the same file."""
         sources = {task.name: task.source for task in map(get_task, self.study.tasks)}
-        for found in results(self.study, self.out):
-            if found.get("task_file", "") != sources.get(found["task"]):
-                raise UserError(f"the file of task {found['task']} changed since cells of this study were run; put it back")
+        for (name, _, _), found in results(self.study, self.out)[0].items():
+            if found.get("task_file", "") != sources[name]:
+                raise UserError(f"the file of task {name} changed since cells of this study were run; put it back")
 
     def _say(self, line: str) -> None:
         self.console.print(Text(printable(line)), soft_wrap=True)
@@ -126,7 +139,9 @@ class Runner:
         self.base.config = config
         prompts = encode(self.base, task, data.dev)
         self.base.choose(Prompts.of(prompts.prompts))
-        return {**_score(task, with_interval(evaluate(self.base, prompts), config.seed)), "labels": self._labels(place)}
+        result = evaluate(self.base, prompts)
+        write_answers(place.folder(self.out), "zero_shot", result)
+        return {**_score(task, with_interval(result, config.seed)), "labels": self._labels(place)}
 
     def _labels(self, place: Place) -> int:
         return self.study.shots if place.method.kind == "few-shot" else 0
@@ -178,24 +193,40 @@ def _score(task: Task, row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(study: Study, out: Path, found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Write ``study.json``, ``table.md`` and ``report.html`` of these results; headings and rows of the table."""
+def page(study: Study, out: Path, to: Path) -> tuple[str, list[str]]:
+    """The page of what is in a study's folder, to lie at ``to``, and the lines on what is unfinished, failed or damaged."""
+    found, damaged = results(study, out)
+    last = (files.read_json(out / "study.json") or {}).get("results")
+    said = [r for r in last if isinstance(r, dict) and isinstance(r.get("failed"), str)] if isinstance(last, list) else []
+    before = {(r.get("task"), r.get("method"), r.get("seed")): r["failed"] for r in said}
+    left = [key for place in study.places() for key in place.keys if key not in found and key in before]
+    failed = [{**named(key), "failed": before[key]} for key in left]
+    return study_page(study, [*found.values(), *failed], out, damaged, to)
+
+
+def write(study: Study, out: Path, failed: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Write ``study.json``, ``table.md`` and ``report.html`` of what is in the folder and of these cells that failed; headings
+    and rows of the table, and the page's lines on what is unfinished, failed or damaged."""
+    finished, damaged = results(study, out)
+    found = [*finished.values(), *failed]
     headings, rows = table.table(found, list(study.names.values()), [method.name for method in study.methods])
     files.write_json(out / "study.json", {"results": found})
     files.write_text(out / "table.md", table.markdown(headings, rows))
-    files.write_text(out / "report.html", study_page(study, found, out, sum(len(place.tasks) for place in study.places())))
-    return headings, rows
+    html, notes = study_page(study, found, out, damaged, out / NAME)
+    files.write_text(out / NAME, html)
+    return headings, rows, notes
 
 
-def run(study: Study, out: Path, console: rich.console.Console) -> int:
+def run(study: Study, out: Path, console: rich.console.Console, *, resumed: bool) -> int:
     """Run what is not finished, and show the table; 1 where a cell failed, else 0."""
-    found = Runner(study, out, console).go()
-    headings, rows = write(study, out, found)
+    failed = Runner(study, out, console).go(resumed=resumed)
+    headings, rows, notes = write(study, out, failed)
     shown = Table()
     for heading in headings:
         shown.add_column(Text(heading), justify="left" if heading == "method" else "right")
     for row in rows:
         shown.add_row(*map(Text, row))
     console.print(shown)
-    console.print(Text(printable(f"wrote {out}")), soft_wrap=True)
-    return int(any("failed" in result for result in found))
+    for line in (table.UNIT, *notes, f"wrote {out}; open {out / NAME} in a browser"):
+        console.print(Text(printable(line)), soft_wrap=True)
+    return int(bool(failed))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fastppo import config as config_module
 from fastppo import files
 from fastppo.config import LARGEST_INT, SETTINGS, Config
 from fastppo.errors import UserError
-from fastppo.tasks import data_of, get_task
+from fastppo.tasks import data_of, found_in, get_task, load_data
 from fastppo.tasks.own import whole_name
 
 KINDS = {
@@ -63,8 +64,23 @@ class Place:
     def tasks(self) -> list[str]:
         return self.task.split(",")
 
+    @property
+    def names(self) -> list[str]:
+        """What its tasks are called in tables and folders."""
+        return [get_task(task).name for task in self.tasks]
+
+    @property
+    def title(self) -> str:
+        """For texts."""
+        return f"{' + '.join(self.names)}, {self.method.name}, seed {self.seed}"
+
+    @property
+    def keys(self) -> list[tuple[str, str, int]]:
+        """Of its results, one of each task: (the task's name, method, seed)."""
+        return [(name, self.method.name, self.seed) for name in self.names]
+
     def folder(self, out: Path) -> Path:
-        return out / "cells" / ",".join(get_task(task).name for task in self.tasks) / self.method.name / f"seed-{self.seed}"
+        return out / "cells" / ",".join(self.names) / self.method.name / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -98,11 +114,17 @@ class Study:
         for task, multi in [*((task, False) for task in self.tasks), (",".join(self.tasks), True)]:
             for method in self.methods:
                 if method.multi == multi:
-                    yield from (Place(task, method, seed) for seed in self.seeds)
+                    yield from (Place(task, method, seed) for seed in self.seeds_of(task, method))
+
+    def place_of(self, task: str, method: Method, seed: int) -> Place:
+        """The cell that has the result of a method on a task."""
+        return Place(",".join(self.tasks) if method.multi else task, method, seed)
 
     def data_of(self, task: str) -> str | None:
-        """What ``--data`` would be in ``fastppo train``. Raises UserError where a task has none in the study's folder."""
-        return self.data if "," in task else data_of(get_task(task), self.data)
+        """What ``--data`` would be in ``fastppo train``; of a task that the study's folder lacks, where that would be."""
+        if self.data is None or "," in task:
+            return self.data if "," in task else data_of(get_task(task), None)
+        return found_in(self.data, get_task(task)) or str(Path(self.data, get_task(task).name))
 
     def config(self, task: str, method: Method, seed: int, out: Path | None = None) -> Config:
         """The settings of a cell's run; those of single tasks are not for a run of several. Raises UserError."""
@@ -115,6 +137,15 @@ class Study:
         own: dict[str, object] = {"task": task, "seed": seed, "data": self.data_of(task), "out": out and str(out)}
         values |= {key: (value, RESERVED[key]) for key, value in own.items()}
         return config_module.from_values(values)
+
+    def seeds_of(self, task: str, method: Method) -> tuple[int, ...]:
+        """The seeds that a method is run with on a task: the first alone where all give the same answers."""
+        drawn = method.kind not in ("zero-shot", "few-shot")
+        if method.kind == "few-shot":
+            drawn = self.demonstrations == "random" or get_task(task).training is not None
+        drawn = drawn or self.config(task, method, self.seeds[0]).fallback == "random"
+        drawn = drawn or os.path.isfile(self.data_of(task) or "")  # of one file the seed draws the dev split
+        return self.seeds if drawn else self.seeds[:1]
 
 
 def check(study: Study) -> None:
@@ -150,6 +181,26 @@ def check(study: Study) -> None:
     for place in study.places():
         if place.seed == study.seeds[0]:
             study.config(place.task, place.method, place.seed)
+
+
+def check_data(study: Study, tasks: Collection[str]) -> None:
+    """Raises UserError, one line that names all of these tasks whose data cannot be loaded: before hours of training."""
+    expected = "expected a folder or file for each task, named like it"
+    if tasks and study.data is not None and not os.path.isdir(os.path.expanduser(study.data)):
+        raise UserError(f"--data: {study.data}: no such folder; {expected}")
+    missing, wrong = [], []
+    for task in map(get_task, tasks):
+        if study.data is not None and not found_in(study.data, task):
+            missing.append(task.name)
+            continue
+        try:
+            load_data(task, data_of(task, study.data), study.seeds[0])
+        except UserError as error:
+            wrong.append(str(error))
+    if missing:
+        wrong.insert(0, f"--data: {study.data} has no {', '.join(missing)}; {expected}")
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from fastppo.report.blocks import is_number
 from fastppo.scores import TITLES
 from fastppo.tasks.leaderboard import glue_average, superglue_average
+
+UNIT = (
+    "Scores are x 100, as published tables have them. In brackets 95 % intervals: of the mean over seeds (Student's t); of one "
+    "seed, or where the seed changes nothing, by bootstrap over the dev rows."
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,8 @@ class Cell:
     """What is known of a method on a task. values: the task's official metric of each seed, in [-1, 1]. low, high: 95 %
     interval.
 
-    malformed: mean fraction of answers that were none. failed: what went wrong where nothing was found.
+    malformed: mean fraction of answers that were none. failed: what went wrong where nothing was found. lost: how many seeds
+    failed beside others.
     """
 
     metric: str
@@ -28,6 +35,19 @@ class Cell:
     high: float
     malformed: float
     failed: str | None = None
+    lost: int = 0
+
+
+def is_result(result: object) -> bool:
+    """Whether it is one of a finished cell, whole."""
+    if not isinstance(result, dict):
+        return False
+    start = result.get("start", {"value": 0.0})
+    scores = result.get("scores")
+    if not isinstance(start, dict) or not isinstance(scores, dict) or result.get("metric") not in TITLES:
+        return False
+    numbers = [result.get(key) for key in ("value", "low", "high", "malformed", "labels", "seconds")]
+    return all(map(is_number, [*numbers, start.get("value"), *scores.values()]))
 
 
 def cell(results: Sequence[Mapping[str, Any]]) -> Cell | None:
@@ -50,7 +70,7 @@ def cell(results: Sequence[Mapping[str, Any]]) -> Cell | None:
     else:
         low, high = float(good[0]["low"]), float(good[0]["high"])
     malformed = float(np.mean([result["malformed"] for result in good]))
-    return Cell(str(good[0]["metric"]), values, mean, low, high, malformed)
+    return Cell(str(good[0]["metric"]), values, mean, low, high, malformed, lost=len(results) - len(good))
 
 
 def cells(
@@ -96,15 +116,20 @@ def table(
 
 
 def shown(cell: Cell | None) -> str:
-    """Hundredths, as the published tables have them: ``84.8 [83.1, 86.5]``."""
+    """By `UNIT`: ``84.8 [83.1, 86.5]``."""
     if cell is None:
         return ""
     if cell.failed is not None:
         return "failed"
-    return f"{100 * cell.mean:z.1f} [{100 * cell.low:z.1f}, {100 * cell.high:z.1f}]"
+    return f"{100 * cell.mean:z.1f} [{100 * cell.low:z.1f}, {100 * cell.high:z.1f}]{lost(cell)}"
+
+
+def lost(cell: Cell) -> str:
+    """Of how many seeds a mean is, where some failed."""
+    return f" ({len(cell.values)} of {len(cell.values) + cell.lost} seeds)" if cell.lost else ""
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table as Markdown. Its texts are plain words and numbers."""
+    """The table as Markdown, with `UNIT` below it. Its texts are plain words and numbers."""
     lines = [headings, ["---", *(["---:"] * (len(headings) - 1))], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{UNIT}\n"

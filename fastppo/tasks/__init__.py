@@ -3,13 +3,13 @@
 from fastppo.errors import UserError
 from fastppo.tasks import glue, own, superglue
 from fastppo.tasks.cola import COLA
-from fastppo.tasks.data import Dataset, Unlabelled, data_of, load_data, load_sets, load_test
+from fastppo.tasks.data import Dataset, Unlabelled, data_of, found_in, load_data, load_sets, load_test
 from fastppo.tasks.example import Example
 from fastppo.tasks.task import Task
 
 __all__ = [
-    "TASKS", "Dataset", "Example", "Task", "Unlabelled", "data_of", "get_task", "get_task_to_train", "get_tasks", "load_data",
-    "load_sets", "load_test", "sources",
+    "TASKS", "Dataset", "Example", "Task", "Unlabelled", "data_of", "found_in", "get_task", "get_task_to_train", "get_tasks",
+    "load_data", "load_sets", "load_test", "sources",
 ]  # fmt: skip
 
 TASKS: dict[str, Task] = {task.name: task for task in (COLA, *glue.TASKS, *superglue.TASKS)}

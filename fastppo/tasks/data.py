@@ -61,9 +61,9 @@ def data_of(task: Task, data: str | None) -> str | None:
     """
     if data is None:
         return ":".join(task.hub) if task.data is None and task.hub else None
-    place = Path(os.path.expanduser(data), task.name)
-    found = [path for path in (str(place), *(f"{place}{ending}" for ending in READERS)) if os.path.exists(path)]
-    if not found:
+    found = found_in(data, task)
+    if found is None:
+        place = _named_like(data, task)
         if not place.parent.is_dir():
             what = "is no folder" if place.parent.exists() else "there is no such file or folder"
             raise UserError(f"data {data!r}: {what}; several tasks take a folder that has one for each, such as {place}")
@@ -71,7 +71,17 @@ def data_of(task: Task, data: str | None) -> str | None:
             f"data {str(place)!r} is missing, there is no such file or folder: of several tasks {task.name} takes this folder, "
             f"or a file of this name ({' '.join(READERS)})"
         )
-    return found[0]
+    return found
+
+
+def found_in(data: str, task: Task) -> str | None:
+    """The folder or file in the folder ``data`` that is named like the task; None where there is none."""
+    place = _named_like(data, task)
+    return next((path for path in (str(place), *(f"{place}{ending}" for ending in READERS)) if os.path.exists(path)), None)
+
+
+def _named_like(data: str, task: Task) -> Path:
+    return Path(os.path.expanduser(data), task.name)
 
 
 def load_sets(tasks: Sequence[Task], data: str | None, seed: int, *, of_several: bool) -> list[Dataset]:

@@ -149,7 +149,7 @@ def test_every_text_of_every_block_is_escaped(block):
 
 def test_what_is_said_of_a_row_is_escaped_too():
     plot = blocks.interval_plot("MCC", [("</svg>" + "w" * 99, 0.5, 0.4, 0.6)])
-    assert "</svg>w" not in plot and "&lt;/svg&gt;wwwwwwwwww…" in plot
+    assert "</svg>w" not in plot and "&lt;/svg&gt;wwwwwww…" in plot
 
 
 def test_only_markup_stays_markup():

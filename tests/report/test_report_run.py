@@ -1,11 +1,11 @@
 """``report.html`` of a run, on made-up run folders: what it says, that no text comes alive in it, what damage does to it."""
 
-import html.parser
 import json
 import re
 import shutil
 
 import pytest
+from pages import HOSTILE, Page, assert_inert
 from small import lines, quiet_console
 
 from fastppo import cli, config, report, trainer
@@ -14,78 +14,7 @@ from fastppo.errors import UserError
 from fastppo.report.answers import Labels, confusion
 from fastppo.report.run import main_metric
 
-VOID = {"meta", "br", "input", "img", "link", "base"}
-ADDRESSES = {"href", "src", "action", "data", "poster", "xlink:href", "srcset", "formaction", "ping", "background"}
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</style><style>*{display:none}</style></svg></title><b>bold</b>",
-    '<img src=x onerror="alert(1)">',
-    "\" onmouseover=alert(1) x='",
-    "{{ 7 * 7 }}{% include 'page.css' %}{# gone #}",
-    "<svg><a xlink:href='javascript:alert(1)'><text>x</text></a></svg>",
-    "nul \x00 bell \x07 escape \x1b[31m",
-    "bidi \u202egnp.exe\u202c \u2066x\u2069",
-    "&lt;b&gt; &#60;script&#62; <!-- comment",
-    "half \ud800 pair, wide \U0001f600",
-    "w" * 5000,
-    "many\nlines\r\n\tand <iframe src=//evil.example></iframe>",
-]
 REGRESSION = [(0.0, 0.5), (2.5, 2.5), (5.0, None), (3.8, 4.0)]
-
-
-class Page(html.parser.HTMLParser):
-    """Elements with their attributes, and the text outside the style sheet, as a browser would see them."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == [], "elements that are not closed"
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def charts(self) -> dict[str, list[int]]:
-        """Points of each curve, by the chart's title."""
-        found: dict[str, list[int]] = {}
-        title = ""
-        for _, attributes in self.elements:
-            if attributes.get("class") == "chart":
-                title = str(attributes["aria-label"]).split(".")[0]
-            if "data-points" in attributes:
-                found.setdefault(title, []).append(int(str(attributes["data-points"])))
-        return found
-
-
-def assert_inert(page: Page) -> None:
-    for tag, attributes in page.elements:
-        assert tag not in {"script", "img", "iframe", "object", "embed", "link", "base", "form", "input", "video", "audio"}
-        for name, value in attributes.items():
-            assert not name.startswith("on") and name != "style", (tag, name)
-            if name in ADDRESSES:
-                assert value and value.startswith("#"), (tag, name, value)
-    policies = [a["content"] for t, a in page.elements if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
-    assert len(policies) == 1 and str(policies[0]).startswith("default-src 'none'; style-src 'sha256-")
-    assert sum(tag == "style" for tag, _ in page.elements) == 1
 
 
 def write_lines(path, rows):
@@ -371,6 +300,54 @@ def test_values_of_any_type(tmp_path, wrong):
         assert_inert(page_of(run))
 
 
+def test_a_task_that_nobody_knows_is_said_and_the_rest_shown(tmp_path):
+    page = page_of(make_run(tmp_path / "run", task="colla"))
+    assert "config.yaml: task 'colla' is not known" in page.text and "damaged" not in page.text
+    assert page.charts()["Reward"] == [8, 2] and "task colla " in page.text
+
+
+@pytest.mark.parametrize("name", ["setup.json", "answers/sft.jsonl", "metrics.jsonl", "summary.json"])
+def test_an_empty_file_is_said(tmp_path, name):
+    run = make_run(tmp_path / "run")
+    (run / name).write_text("")
+    assert f"{name} is empty." in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"stage": "PPO", "step": 9, "reward": "0.5"}', '{"stage": 3, "step": 9}', '{"step": 9, "reward": 1}', '{"reward": 1}',
+     '{"stage": "PPO", "step": null}', '{"stage": "PPO", "step": 9, "reward": [1]}', "garbage", "{}"],
+)  # fmt: skip
+def test_a_garbage_line_is_said_and_the_others_shown(tmp_path, line):
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    page = page_of(run)
+    assert "metrics.jsonl is damaged: line 14 is left out." in page.text and page.charts()["Reward"] == [8, 2]
+
+
+def test_what_a_summary_lacks_is_said_and_the_rest_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    held = json.loads((run / "summary.json").read_text())
+    held["stages"]["ppo"]["mcc"] = held["seconds"] = held["stages"]["sft"] = None
+    (run / "summary.json").write_text(json.dumps(held | {"first_kl": None}))
+    page = page_of(run)
+    assert "summary.json is damaged: it has no usable seconds, stages.sft, stages.ppo.mcc." in page.text
+    assert "20.0% 10.0% 10 2" in page.text and "first KL" not in page.text and page.text.count("damaged") == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", None])
+def test_a_finished_run_without_its_summary_says_what_to_do(tmp_path, content):
+    run = unfinished(tmp_path)
+    (run / "checkpoints" / "000003" / "state.json").write_text(json.dumps({"state": {"stage": "done", "step": 0}}))
+    if content is not None:
+        (run / "summary.json").write_text(content)
+    text = page_of(run).text
+    assert "This run is finished, but has no summary" in text and f"fastppo train --resume {run} writes it again." in text
+    assert "plain damaged run run" in text and "Go on with" not in text
+    assert content is None or f"summary.json is {'damaged' if content else 'empty'}." in text
+
+
 def test_damaged_lines_are_counted_and_the_others_shown(tmp_path):
     run = make_run(tmp_path / "run")
     content = (run / "metrics.jsonl").read_text().splitlines()
@@ -394,6 +371,15 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert cli.main(["report", "run", "--to", "my [b]report.html"]) == 0
     assert capsys.readouterr().out == "wrote my [b]report.html\n"
     assert (tmp_path / "my [b]report.html").read_bytes() == (run / "report.html").read_bytes()
+
+
+def test_what_stands_above_the_page_is_said_on_the_console_too(tmp_path, capsys):
+    run = make_run(tmp_path / "run", task="colla")
+    (run / "setup.json").write_text("")
+    assert cli.main(["report", str(run)]) == 0
+    said, notes = capsys.readouterr().out.splitlines(), page_of(run).text
+    assert said[0] == f"wrote {run / 'report.html'}" and said[1].startswith("config.yaml: task 'colla' is not known")
+    assert said[2:] == ["setup.json is empty."] and all(line in notes for line in said[1:])
 
 
 @pytest.mark.parametrize(
@@ -444,3 +430,15 @@ def test_training_writes_it_and_a_finished_run_gets_it_again(world, tmp_path):
     (moved / "report.html").unlink()
     trainer.resume(moved, {}, quiet_console())
     assert (moved / "report.html").read_bytes() == written
+    # One whose summary or set-up was damaged: what the page says to do mends it.
+    for name in ("summary.json", "setup.json"):
+        whole = (moved / name).read_bytes()
+        for content in (b"", whole[:100]):
+            (moved / name).write_bytes(content)
+            console = quiet_console()
+            trainer.resume(moved, {}, console)
+            assert "nothing to do" not in console.file.getvalue()
+            assert (moved / name).read_bytes() == whole and (moved / "report.html").read_bytes() == written
+    console = quiet_console()
+    trainer.resume(moved, {}, console)
+    assert "is finished already, nothing to do" in console.file.getvalue()

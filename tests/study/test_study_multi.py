@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from urllib.parse import unquote
 
 import pytest
+from pages import Page, assert_inert
 from small import REPO, World
 from test_study_runs import SETTINGS, values
 from test_task_runs import write
@@ -50,11 +53,14 @@ def results_of(out):
 def test_one_run_a_seed_fills_the_column_of_every_task(whole):
     lines = (whole / "table.md").read_text().splitlines()
     assert lines[0] == "| method | cola (MCC) | rte (accuracy) |"
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| zero-shot", "| sft-multi", "| ppo-multi"]
-    assert all(line.count("[") == 2 for line in lines[2:])
+    assert [line.split(" | ")[0] for line in lines[2:-2]] == ["| zero-shot", "| sft-multi", "| ppo-multi"]
+    assert all(line.count("[") == 2 for line in lines[2:-2])
     results = results_of(whole)
     assert {(r["method"], r["task"], r["seed"], r["n"]) for r in results} == {
-        (method, task, seed, n) for method in METHODS.split(",") for task, n in (("cola", 20), ("rte", 8)) for seed in (0, 1)
+        (method, task, seed, n)
+        for method in METHODS.split(",")
+        for task, n in (("cola", 20), ("rte", 8))
+        for seed in ((0,) if method == "zero-shot" else (0, 1))
     }
     trained = sorted(path.parent.relative_to(whole / "cells") for path in whole.glob("cells/**/summary.json"))
     assert list(map(str, trained)) == [f"cola,rte/{kind}-multi/seed-{seed}" for kind in ("ppo", "sft") for seed in (0, 1)]
@@ -70,9 +76,68 @@ def test_one_run_a_seed_fills_the_column_of_every_task(whole):
     assert {r["labels"] for r in results if r["method"] == "sft-multi"} == {54 + 18}
 
 
-def test_the_page_has_the_curves_of_the_run(whole):
-    page = (whole / "report.html").read_text()
-    assert "Curves: cola + rte, ppo-multi" in page and "12 cells" in page and "not finished" not in page
+def test_the_page_has_what_a_run_found_of_each_task(whole):
+    html = (whole / "report.html").read_text()
+    page = Page(html)
+    assert_inert(page)
+    assert "not finished" not in html and "damaged" not in html
+    charts = page.charts()
+    # A curve a seed: of cola, of rte, then of what is of no single task.
+    assert charts["Reward"] == charts["Malformed answers"] == [2, 2] * 3 and charts["Accuracy"] == [2, 2] * 2
+    assert charts["MCC, held out"] == charts["accuracy, held out"] == charts["Score, held out"] == [1, 1]
+    assert charts["KL to the reference"] == charts["Entropy"] == [2, 2]
+    assert charts["Loss"] == [steps_of(whole, "sft-multi")] * 2 + [steps_of(whole, "ppo-multi")] * 2
+    for task, label in (("cola", "acceptable"), ("rte", "entailment")):
+        part = html[html.index(f">{task}</h2>") :]
+        part = part[: part.index("</section>")]
+        assert f"Reward of {label}" in part and "KL to the reference" not in part
+        assert "Confusion matrix, seed 0" in part and all(f">{name}<" in part for name in METHODS.split(","))
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a" and attributes["href"][0] != "#"]
+    assert len(links) == 8 and len(set(links)) == 4  # a run stands in the row of both tasks
+    assert all((whole / unquote(link)).is_file() and "cola%2Crte" in link for link in links)
+    assert page.text.count("zero-shot any ") == 2 and "Labels and seconds of one policy for all tasks" in page.text
+    assert "of the runs that train" in page.text
+
+
+def steps_of(out, method):
+    rows = (out / "cells" / "cola,rte" / method / "seed-0" / "metrics.jsonl").read_text().splitlines()
+    return sum(json.loads(row)["stage"] == "SFT" for row in rows)
+
+
+def test_damage_of_a_run_is_said_once(whole, tmp_path, capsys):
+    out = tmp_path / "study"
+    shutil.copytree(whole, out)
+    run = out / "cells" / "cola,rte" / "ppo-multi" / "seed-0"
+    for name in ("metrics.jsonl", "answers/ppo.jsonl"):
+        rows = (run / name).read_text()
+        (run / name).write_text(f"garbage\n{rows}")
+    before = values(out)
+    result = json.loads((run / "result.json").read_text())
+    del result["results"][1]["value"]
+    (run / "result.json").write_text(json.dumps(result))
+    assert cli.main(["report", str(out)]) == 0
+    said, page = capsys.readouterr().out, (out / "report.html").read_text()
+    for note in ("cola + rte, ppo-multi, seed 0: metrics.jsonl is damaged: line 1 is left out.",
+                 "cola + rte, ppo-multi, seed 0: answers/ppo.jsonl is damaged: line 1 is left out.",
+                 "cells/cola,rte/ppo-multi/seed-0/result.json is damaged: the cell counts as not finished.",
+                 "8 of 10 cells are finished"):  # fmt: skip
+        assert said.count(note) == page.count(note) == 1, note
+    assert cli.main(["study", "--resume", str(out)]) == 0
+    assert values(out) == before
+
+
+def test_the_page_does_not_need_the_data(place, whole, tmp_path, capsys):
+    out = tmp_path / "study"
+    shutil.copytree(whole, out)
+    text = (out / "study.yaml").read_text()
+    (out / "study.yaml").write_text(text.replace(str(place / "all"), "/nowhere"))
+    assert cli.main(["report", str(out)]) == 0
+    assert cli.main(["study", "--resume", str(out)]) == 0  # nothing is left to do
+    (out / "cells" / "cola,rte" / "ppo-multi" / "seed-0" / "result.json").unlink()
+    assert cli.main(["study", "--resume", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        "fastppo: error: --data: /nowhere: no such folder; expected a folder or file for each task, named like it\n"
+    )
 
 
 def test_finished_runs_are_not_repeated(whole, capsys):
@@ -92,7 +157,7 @@ def test_killed_within_a_run_and_resumed_it_gives_the_same_table(place, whole):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(values(out)) == 6 and "6 of 12 cells are finished" in (out / "report.html").read_text()
+    assert len(values(out)) == 4 and "4 of 10 cells are finished" in (out / "report.html").read_text()
     assert cli.main(["study", "--resume", str(out)]) == 0
     assert values(out) == values(whole)
     assert (out / "table.md").read_text() == (whole / "table.md").read_text()
@@ -154,7 +219,7 @@ def test_averages_are_of_these_rows_too():
     ("more", "said"),
     [
         (["--tasks", "cola,axg"], "sft-multi needs a train split, which axg lacks; train on rte"),
-        (["--tasks", "cola,mrpc"], "all/mrpc' is missing, there is no such file or folder: of several tasks mrpc takes"),
+        (["--tasks", "cola,mrpc"], "all has no mrpc; expected a folder or file for each task, named like it"),
     ],
 )
 def test_mistakes_are_one_line(place, tmp_path, capsys, more, said):

@@ -23,7 +23,7 @@ settings:
 def study_of(text, tmp_path, **flags):
     path = tmp_path / "study.yaml"
     path.write_text(text)
-    settings = {key: flags.pop(key) for key in list(flags) if "." in key or key in ("model", "data")}
+    settings = {key: flags.pop(key) for key in list(flags) if "." in key or key in ("model", "data", "fallback")}
     return command.study_of(flags, settings, path)
 
 
@@ -49,6 +49,24 @@ def test_flags_come_after_the_file(tmp_path):
     assert [method.kind for method in study.methods] == ["zero-shot"] and study.seeds == (7,)
     config = study.config("cola", study.methods[0], 7)
     assert config.ppo.iterations == 9 and config.sample.stop == ("\n",)
+
+
+def test_what_the_seed_does_not_change_is_run_once(tmp_path):
+    for task in ("rte", "record"):
+        (tmp_path / "all" / task).mkdir(parents=True)
+    (tmp_path / "all" / "cola").touch()  # of one file the seed draws the dev split
+    methods = "zero-shot,few-shot,sft"
+
+    def run_with(task, **flags):
+        study = study_of("tasks: [rte, record, cola]", tmp_path, methods=methods, seeds="3,4", **flags)
+        return [len(study.seeds_of(task, method)) for method in study.methods]
+
+    data = str(tmp_path / "all")
+    assert run_with("rte", data=data) == run_with("cola") == [1, 2, 2]
+    assert run_with("rte", data=data, demonstrations="first") == [1, 1, 2]
+    assert run_with("record", data=data, demonstrations="first") == [1, 2, 2]  # its train split is drawn
+    assert run_with("cola", data=data, demonstrations="first") == [2, 2, 2]
+    assert run_with("rte", fallback="random", demonstrations="first") == [2, 2, 2]
 
 
 def test_what_is_saved_is_read_back(tmp_path):

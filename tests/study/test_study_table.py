@@ -37,13 +37,16 @@ def test_cells_are_found_by_method_and_task():
 def test_a_failed_cell_is_shown_and_does_not_count():
     results = [result("cola", "sft", 0, 0.5), {"task": "cola", "method": "sft", "seed": 1, "failed": "diverged"}]
     assert table.cell(results).values == (0.5,)
+    assert table.shown(table.cell(results)) == "50.0 [40.0, 60.0] (1 of 2 seeds)"
     only = table.cells(results[1:], ["cola"], ["sft"])
     assert only["sft"]["cola"].failed == "diverged" and table.shown(only["sft"]["cola"]) == "failed"
 
 
 def test_markdown():
     results = [result("cola", "sft", 0, 0.5), result("rte", "ppo", 0, -0.0004)]
-    assert table.markdown(*table.table(results, ["cola", "rte"], ["sft", "ppo"])).splitlines() == [
+    *lines, gap, unit = table.markdown(*table.table(results, ["cola", "rte"], ["sft", "ppo"])).splitlines()
+    assert gap == "" and unit.startswith("Scores are x 100")
+    assert lines == [
         "| method | cola (MCC) | rte (MCC) |",
         "| --- | ---: | ---: |",
         "| sft | 50.0 [40.0, 60.0] |  |",
