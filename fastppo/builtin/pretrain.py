@@ -104,6 +104,7 @@ def pretrain(
     lr: float,
     bf16: bool,
     seed: int,
+    device: str = "cpu",
 ) -> float:
     """Train tokenizer and model, write both to `out` in Hugging Face format (bf16); returns the last loss in nats a token.
 
@@ -132,7 +133,7 @@ def pretrain(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(device)
     decay = [p for p in model.parameters() if p.dim() > 1]
     no_decay = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}]
@@ -145,8 +146,8 @@ def pretrain(
     source = rows(documents, tokenizer, row)
     start, loss_value = time.monotonic(), 0.0
     for step in range(steps):
-        ids_BT = torch.tensor(list(islice(source, batch)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ids_BT = torch.tensor(list(islice(source, batch)), device=device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
         loss.backward()
@@ -189,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows in a batch")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--bf16", action="store_true", help="matrix products in bf16: faster where the CPU has them")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train (default: cpu)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = vars(parser.parse_args(argv))
@@ -199,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--vocab {args['vocab']}: must be at least {SMALLEST_VOCAB} (256 bytes and 3 special tokens)")
     if args["hidden"] < 2 or args["hidden"] % (2 * args["heads"]):
         parser.error(f"--hidden {args['hidden']}: must be a multiple of twice --heads ({args['heads']})")
+    if args["device"] == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; fastppo doctor says why")
     torch.set_num_threads(args.pop("threads"))
     try:
         pretrain(**args)

@@ -77,9 +77,11 @@ def test_documents_are_packed_without_loss(tmp_path) -> None:
         (["--vocab", "100"], "--vocab 100: must be at least 259"),
         (["--hidden", "50", "--heads", "4"], "--hidden 50: must be a multiple"),
         (["--tokens", "0"], "--tokens 0"),
+        (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
     ],
 )
-def test_one_line_for_a_wrong_setting(tmp_path, capsys, arguments: list[str], message: str) -> None:
+def test_one_line_for_a_wrong_setting(tmp_path, capsys, monkeypatch, arguments: list[str], message: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
         pretrain.main(["--out", str(tmp_path / "m"), *arguments])
     assert error.value.code == 2
