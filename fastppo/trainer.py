@@ -477,6 +477,7 @@ class Trainer:
             "device": str(device),
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             "dtype": f"nf4, computed in {dtype}" if in_4_bits(self.model.base.model) else dtype,
+            "packed": self.model.backbone.packed,
             "versions": {"python": platform.python_version(), **_versions(self.model)},
         }
 
@@ -497,7 +498,6 @@ class Trainer:
             "sampler_gap_max": state.sampler_gap_max,
             "first_kl": state.first_kl,
             "first_log_ratio": state.first_log_ratio,
-            "packed": self.model.backbone.packed,
         }
 
     def _show(self, summary: Mapping[str, Any]) -> None:

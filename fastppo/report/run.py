@@ -212,7 +212,7 @@ def _tiles(records: Records, metric: str | None) -> Markup:
             *before, (stage, last) = shown
             tiles.append((f"{title(key)} {stage}", last, ", ".join(f"{text} {name}" for name, text in before)))
     tree, padded = results.get("tokens_tree"), results.get("tokens_padded")
-    if is_number(tree) and is_number(padded) and padded and results.get("packed", True):
+    if is_number(tree) and is_number(padded) and padded and records.setup.get("packed", True):
         tiles.append(("tokens saved", f"{1 - tree / padded:.1%}", f"{number(tree)} of {number(padded)} computed in PPO"))
     seconds = [v for v in as_dict(results.get("seconds")).values() if is_number(v)]
     if seconds:
@@ -290,7 +290,7 @@ def _costs(records: Records) -> Iterable[Markup]:
     order = [*(k for k in PHASES if k in seconds), *(k for k in seconds if k not in PHASES)]
     phases = [(PHASES.get(k, k), seconds[k], _duration(seconds[k])) for k in order]
     yield blocks.stacked_bar("Time by phase", phases, explained=f"{_duration(sum(seconds.values()))} together")
-    packed = records.results.get("packed", True)
+    packed = records.setup.get("packed", True)
     for stage in dict.fromkeys(str(row.get("stage")) for row in records.metrics):
         rows = [row for row in records.metrics if str(row.get("stage")) == stage]
         tree, padded = (sum(row[k] for row in rows if is_number(row.get(k))) for k in ("tokens_tree", "tokens_padded"))

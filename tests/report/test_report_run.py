@@ -29,14 +29,14 @@ def make_run(run, text="plain", labels=("unacceptable", "acceptable"), answers=N
     setup = {
         "task": text, "labels": list(labels), "answers": ["no", "yes"][: len(labels)], "model": text, "seed": 0,
         "data": {"name": text, "train": 9000, "dev": 10}, "device": "cpu", "device_name": text, "dtype": "float32",
-        "versions": {"python": "3.11.7", "torch": text},
+        "packed": True, "versions": {"python": "3.11.7", "torch": text},
     }  # fmt: skip
     stages = {
         name: {"mcc": i / 10, "mcc_low": -0.2, "mcc_high": 0.7, "accuracy": i / 10, "malformed": 0.1, "n": 10, "labels": i}
         for i, name in enumerate(("zero_shot", "sft", "ppo"))
     }
     results = {
-        "stages": stages, "best_step": 6, "samples": 4096, "samples_per_s": 123.4, "packed": True, "tokens_tree": 250,
+        "stages": stages, "best_step": 6, "samples": 4096, "samples_per_s": 123.4, "tokens_tree": 250,
         "tokens_padded": 1000, "seconds": {"sft": 3.0, "sample": 5.0, "update": 12.0}, "sampler_gap_max": 1e-5, "first_kl": 0.0,
     }  # fmt: skip
     (run / "setup.json").write_text(json.dumps(setup))
@@ -248,6 +248,15 @@ def test_unfinished_run(tmp_path):
     assert "Its last checkpoint stands in stage ppo after step 6." in page.text
     assert "after SFT 0.100 [-0.200, 0.700]" in page.text and "after PPO" not in page.text
     assert page.charts()["Reward"] == [8, 2] and "device cpu" in page.text and "damaged" not in page.text
+
+
+def test_a_padded_run_saves_no_tokens_while_it_goes_on_either(tmp_path):
+    run = unfinished(tmp_path)
+    assert "tokens saved 75.0%" in page_of(run).text
+    setup = json.loads((run / "setup.json").read_text())
+    (run / "setup.json").write_text(json.dumps(setup | {"packed": False}))
+    text = page_of(run).text
+    assert "saved" not in text and "computed, padded" in text
 
 
 def test_newest_checkpoint_that_can_be_read(tmp_path):
