@@ -519,13 +519,6 @@ class Trainer:
         self.tracker.note(f"wrote {self.run}; open {self.run / report.NAME} in a browser")
 
 
-def _reward_by_class(gold: list[Any], rewards: list[float]) -> dict[str, float]:
-    """Mean reward of the answers to the examples of each class; labels that are no class ids have none."""
-    classes = sorted({label for label in gold if isinstance(label, int)})
-    of_class = {c: [reward for reward, label in zip(rewards, gold, strict=True) if label == c] for c in classes}
-    return {f"reward_class_{c}": float(np.mean(of_class[c])) for c in classes}
-
-
 def _first_numbers(weight: torch.Tensor) -> list[float]:
     """Up to 64. Of the first rows alone: to flatten a weight that is a view between borders would copy all of it."""
     return torch.atleast_1d(weight.detach())[:64].flatten()[:64].float().tolist()
