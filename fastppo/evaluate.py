@@ -26,9 +26,9 @@ from fastppo.rewards.rules import answer_reward
 from fastppo.rollout.sampler import Sampling, generate
 from fastppo.rollout.trie import TokenTrie
 from fastppo.scores import shown
-from fastppo.tasks import Example, Task, get_tasks, load_sets, sources
+from fastppo.tasks import Example, Task, changed, get_tasks, load_sets
 from fastppo.tasks.metrics import mean_interval
-from fastppo.tasks.own import whole_name
+from fastppo.tasks.own import names_in, whole_name
 
 
 @dataclass(frozen=True)
@@ -277,12 +277,13 @@ def open_run(run: Path, console: rich.console.Console) -> tuple[Config, Path]:
     return config, adapter
 
 
-def _trained_on(run: Path) -> object:
-    """`Task.source` of a run's task; None where it is not known."""
+def _trained_on(run: Path) -> str | None:
+    """`sources` of a run's tasks; None where they are not known."""
     try:
-        return json.loads((run / "setup.json").read_bytes()).get("task_file")
+        found = json.loads((run / "setup.json").read_bytes()).get("task_file")
     except (OSError, ValueError, AttributeError):
         return None
+    return found if isinstance(found, str) else None
 
 
 def evaluate_run(
@@ -297,14 +298,16 @@ def evaluate_run(
     own = get_tasks(config.task, config.template)
     names = config.task if name is None else whole_name(name)
     tasks = get_tasks(names, config.template)
-    known = config.task.split(",")
-    others = [task.name for task, asked in zip(tasks, names.split(","), strict=True) if asked not in known]
+    known = names_in(config.task)
+    others = [task.name for task, asked in zip(tasks, names_in(names), strict=True) if asked not in known]
     if others and data is None:
         what = "the run's task" if len(own) == 1 else "one of the run's tasks"
         raise UserError(f"--task {others[0]}: is not {what} {config.task}; give its data with --data")
-    if not others and _trained_on(run) not in (None, sources(own)):
-        changed = f"the task's file {config.task} changed since the run began: what follows is of the task as it is now"
-        console.print(Text(printable(changed)), soft_wrap=True)
+    recorded = _trained_on(run)
+    of_run = [file for file in changed(config.task, own, recorded) if file in names_in(names)] if recorded is not None else []
+    for file in of_run:
+        said = f"the task's file {file} changed since the run began: what follows is of the task as it is now"
+        console.print(Text(printable(said)), soft_wrap=True)
     given = (config.data, own) if data is None else (data, tasks)
     sets = load_sets(tasks, given[0], config.seed, of_several=len(given[1]) > 1)
     chosen = [(dataset.dev if split == "dev" else dataset.train)[:limit] for dataset in sets]

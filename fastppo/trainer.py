@@ -41,7 +41,7 @@ from fastppo.rollout.trie import TokenTrie
 from fastppo.run_data import RunData
 from fastppo.scores import shown
 from fastppo.streams import PPO_LENGTH, PPO_UPDATE, rng
-from fastppo.tasks import get_tasks, load_sets, sources
+from fastppo.tasks import changed, get_tasks, load_sets, sources
 from fastppo.track import Tracker
 
 PPO_PHASES = ("sample", "score", "estimate", "update")  # of ``seconds``: what samples_per_s counts
@@ -373,8 +373,9 @@ class Trainer:
     def restore(self, saved: checkpoint.Checkpoint, tracker: Tracker) -> None:
         """Stand where a checkpoint stood."""
         fingerprint = self.state.fingerprint
-        if saved.state.get("task_file", "") != self.state.task_file:
-            raise UserError(f"run folder {self.run}: the task's file {self.config.task} changed since it began; put it back")
+        other = changed(self.config.task, self.data.tasks, saved.state.get("task_file", ""))
+        if other:
+            raise UserError(f"run folder {self.run}: the task's file {other[0]} changed since it began; put it back")
         if saved.state.get("fingerprint") != fingerprint:
             raise UserError(
                 f"run folder {self.run}: settings, data, base model, device or the versions of fastppo, torch, transformers, "
@@ -453,7 +454,7 @@ class Trainer:
         if self.config.reward != RewardConfig():
             for task in self.data.tasks:
                 if task.reward is not None:
-                    note(f"rewards are those of task {task.name}: --reward-preset and its like change nothing")
+                    note(f"rewards of task {task.name} are its own: --reward-preset and its like change nothing about them")
         if self.model.backbone.modules_because:
             note(f"{self.model.backbone.modules_because}; running transformers' modules, with the same results")
         if not self.model.backbone.packed:

@@ -8,7 +8,8 @@ from fastppo.tasks.example import Example
 from fastppo.tasks.task import Task
 
 __all__ = [
-    "TASKS", "Dataset", "Example", "Task", "Unlabelled", "data_of", "found_in", "get_task", "get_task_to_train", "get_tasks",
+    "TASKS", "Dataset", "Example", "Task", "Unlabelled", "changed", "data_of", "found_in", "get_task", "get_task_to_train",
+    "get_tasks",
     "load_data", "load_sets", "load_test", "sources",
 ]  # fmt: skip
 
@@ -46,12 +47,19 @@ def get_tasks(names: str, template: str = "short", *, to_train: bool = False) ->
     """The tasks of these names, which commas separate; as `get_task`, or as `get_task_to_train`. Raises UserError for a task
     that is given twice, too."""
     get = get_task_to_train if to_train else get_task
-    tasks = [get(name.strip(), template) for name in names.split(",")]
+    tasks = [get(name, template) for name in own.names_in(names)]
     found = [task.name for task in tasks]
     twice = next((name for name in found if found.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"task {twice} is given twice: {names}")
     return tasks
+
+
+def changed(names: str, tasks: list[Task], known: str) -> list[str]:
+    """The files among ``names`` (with commas) that are not as they were when `sources` of these tasks said ``known``."""
+    now = [(name, task.source) for name, task in zip(own.names_in(names), tasks, strict=True) if task.source]
+    was = known.split(",") if known else []
+    return [name for i, (name, source) in enumerate(now) if was[i : i + 1] != [source]]
 
 
 def sources(tasks: list[Task]) -> str:

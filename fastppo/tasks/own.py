@@ -37,9 +37,24 @@ def is_file(name: str) -> bool:
 
 
 def whole_name(names: str) -> str:
-    """A task's name, or several with commas, by the whole path where one is a file, so that it is found from any folder."""
-    each = [name.strip() for name in names.split(",")]
-    return ",".join(os.path.abspath(os.path.expanduser(name)) if is_file(name) else name for name in each)
+    """A task's name, or several with commas, by the whole path where one is a file, so that it is found from any folder.
+    Raises UserError as `names_in`."""
+    whole = [os.path.abspath(os.path.expanduser(name)) if is_file(name) else name for name in names_in(names)]
+    for path in whole:
+        _without_comma(path)
+    return ",".join(whole)
+
+
+def names_in(names: str) -> list[str]:
+    """The tasks that commas separate. Raises UserError for what is a file's path as a whole: it would be taken apart."""
+    if is_file(names) and os.path.isfile(os.path.expanduser(names)):
+        _without_comma(names)
+    return [name.strip() for name in names.split(",")]
+
+
+def _without_comma(path: str) -> None:
+    if "," in path:
+        raise UserError(f"task file {show(path)}: its path must hold no comma, which separates tasks; move or rename it")
 
 
 def read_task(name: str, built_in: Mapping[str, Task]) -> Task:
