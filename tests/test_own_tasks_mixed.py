@@ -5,6 +5,7 @@ import json
 import pytest
 from small import call, quiet_console
 
+from fastppo import cli
 from fastppo.errors import UserError
 from fastppo.evaluate import evaluate_run
 from fastppo.tasks import get_tasks
@@ -90,3 +91,10 @@ def test_a_path_with_a_comma_is_refused_in_one_line(tmp_path, monkeypatch):
         for use in (whole_name, get_tasks):
             with pytest.raises(UserError, match=said):
                 use(name)
+
+
+def test_a_study_knows_before_it_begins_that_a_task_has_no_tagged_prompt(place, world, capsys):
+    argv = ["study", "--tasks", f"cola,{place / 'teams.yaml'}", "--methods", "zero-shot", "--data", str(place / "all"),
+            "--model", str(world.model), "--template", "tagged", "--out", str(place / "tagged")]  # fmt: skip
+    assert cli.main(argv) == 2 and not (place / "tagged").exists()
+    assert "--template: tagged is not allowed with task teams" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from fastppo import files, trainer
 from fastppo.budget import Prompts
-from fastppo.config import Config
+from fastppo.config import Config, get
 from fastppo.errors import UserError, printable
 from fastppo.evaluate import encode, evaluate, row_of, with_interval, write_answers
 from fastppo.model.actor_critic import ActorCritic
@@ -33,6 +33,8 @@ from fastppo.study.spec import Place, Study, check_data
 from fastppo.tasks import Dataset, Example, Task, get_task, load_data
 
 RESULT = "result.json"
+OF_BASE = ("model", "device", "dtype", "trust_remote_code")
+"""The settings that say which base it is, and where."""
 
 
 Key = tuple[str, str, int]
@@ -134,7 +136,8 @@ class Runner:
         task, data = get_task(place.task, config.template), self._data(place.task, place.seed)
         if place.method.kind == "few-shot":
             task = task.with_demonstrations(self._demonstrations(data.train[: config.train_examples], place.seed))
-        if self.base is None:
+        if self.base is None or any(get(self.base.config, key) != get(config, key) for key in OF_BASE):
+            self.base = None  # two models at a time are one too many
             self.base = ActorCritic(load_base(config), config)
         self.base.config = config
         prompts = encode(self.base, task, data.dev)

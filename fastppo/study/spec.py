@@ -180,7 +180,9 @@ def check(study: Study) -> None:
                 raise UserError(f"--methods: {method.name} needs a train split, which {task} lacks; train on {without}")
     for place in study.places():
         if place.seed == study.seeds[0]:
-            study.config(place.task, place.method, place.seed)
+            config = study.config(place.task, place.method, place.seed)
+            for task in place.tasks if place.method.kind != "encoder" else ():
+                get_task(task, config.template)  # not every task has a tagged prompt
 
 
 def check_data(study: Study, tasks: Collection[str]) -> None:

@@ -229,3 +229,17 @@ def test_mistakes_are_one_line(words, said, tmp_path, monkeypatch, capsys):
     assert cli.main(words) in (1, 2)
     out = capsys.readouterr()
     assert said in out.err + out.out and "Traceback" not in out.err
+
+
+def test_each_method_asks_its_own_base(place, monkeypatch):
+    """Methods that train nothing share a base, but not another one's."""
+    from fastppo.study import run
+
+    other, loaded = str(place / "other"), []
+    save_tiny_model("qwen2", place / "other")
+    load_base = run.load_base
+    monkeypatch.setattr(run, "load_base", lambda config: loaded.append(config.model) or load_base(config))
+    file = place / "bases.yaml"
+    file.write_text(f"methods: {{zero-shot: , again: {{kind: zero-shot}}, other: {{kind: zero-shot, model: {other}}}}}\n")
+    assert cli.main(arguments(place, place / "bases", "--config", str(file))) == 0
+    assert loaded == [str(place / "model"), other]
