@@ -107,7 +107,7 @@ def read_prompts(config: Config, sizes: Sizes) -> tuple[Prompts, str]:
         UserError: a mistake in the data, or in the task's name.
     """
     allowed = Prompts.longest_allowed(sizes, config)
-    tasks = get_tasks(config.task, config.template)
+    tasks = get_tasks(config.task, config.template, to_train=True)
     given = [config.data if len(tasks) == 1 else data_of(task, config.data) for task in tasks]
     used = [data or task.data for task, data in zip(tasks, given, strict=True)]
     elsewhere = [data for data in used if data is not None and not _on_disk(data)]

@@ -98,3 +98,8 @@ def test_a_study_knows_before_it_begins_that_a_task_has_no_tagged_prompt(place, 
             "--model", str(world.model), "--template", "tagged", "--out", str(place / "tagged")]  # fmt: skip
     assert cli.main(argv) == 2 and not (place / "tagged").exists()
     assert "--template: tagged is not allowed with task teams" in capsys.readouterr().err
+
+
+def test_a_diagnostic_set_is_not_planned(capsys):
+    assert cli.main(["plan", "--task", "axb"]) == 2
+    assert "task axb is a diagnostic set without a train split" in capsys.readouterr().err
