@@ -105,7 +105,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     predict.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders")
     predict.add_argument("--to", metavar="DIR", type=Path, required=True, help="folder for the files of one server")
     predict.add_argument("--data", metavar="D", help="folder with a test file, that file, or hub name (default: the run's)")
-    predict.add_argument("--task", metavar="T", help="another task than the run's, with its --data: a diagnostic set")
+    predict.add_argument("--task", metavar="T", help="some of the run's tasks, or others, with their --data: a diagnostic set")
     predict.add_argument(
         "--fallback", choices=("first", "random"),
         help="what is written for an answer that is none and names no label: the first label, or a random one "

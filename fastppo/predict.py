@@ -63,7 +63,9 @@ def predict_runs(
     for part in parts:
         task, server = part.task.name, part.server.name
         if part.server is not first.server:
-            raise UserError(f"task {first.task.name} is for {first.server.name}'s server, task {task} for {server}'s; not both")
+            way_out = "; give some of them with --task" if len(jobs) == 1 else ""
+            what = f"task {first.task.name} is for {first.server.name}'s server, task {task} for {server}'s; not both"
+            raise UserError(what + way_out)
     for file in wanted:
         if wanted.count(file) > 1:
             raise UserError(f"{to / file}: is what more than one of these runs would write; give one of them")
@@ -93,7 +95,11 @@ def _job(run: Path, data: str | None, name: str | None, console: rich.console.Co
         if data is None and task.name not in {one.name for one in own}:
             what = "the run's task" if len(own) == 1 else "one of the run's tasks"
             raise UserError(f"--task {task.name}: is not {what} {config.task}; give its data with --data")
-        servers.server_of(task, False)  # before any data is read
+        try:
+            servers.server_of(task, False)  # before any data is read
+        except UserError as error:
+            with_one = [one.name for one in tasks if servers.has_server(one)]
+            raise UserError(f"{error}" + (f"; leave it out: --task {','.join(with_one)}" if with_one else "")) from None
         place = data_of(task, given) if several else given
         if data is None and place is not None and os.path.isfile(os.path.expanduser(place)):
             raise UserError(f"run {run}: its data {place} is one file, without a test split; give that with --data")

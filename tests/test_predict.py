@@ -182,3 +182,24 @@ def test_all_tasks_of_a_run(cola, world, tmp_path):
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["MRPC.tsv", "submission.zip"]
     with pytest.raises(UserError, match="^--task sst2: is not one of the run's tasks cola,mrpc; give its data with --data$"):
         predict_runs([run], tmp_path / "two", None, "sst2", None, quiet_console())
+
+
+def test_a_run_with_tasks_that_no_server_or_another_server_takes(cola, tmp_path):
+    """What to leave out is said."""
+    own, run, data = tmp_path / "teams.yaml", tmp_path / "run", tmp_path / "data"
+    own.write_text('template: "Which team? {text}"\nanswers: [yes, no]\n')
+    for folder in (run, data, data / "cola", data / "rte"):
+        folder.mkdir()
+    (data / "cola" / "test.tsv").write_text("index\tsentence\n7\tThe cat sees a dog.\n")
+    (data / "rte" / "test.jsonl").write_text('{"premise": "A cat.", "hypothesis": "A dog.", "idx": 0}\n')
+    (run / "adapter").symlink_to(cola / "adapter")
+    text = (cola / "config.yaml").read_text()
+    for tasks, said in (
+        (f"cola,{own},rte", "teams: no server takes its .*; leave it out: --task cola,rte$"),
+        (str(own), "task teams: no server takes its test answers; only the tasks of GLUE and SuperGLUE have one$"),
+        ("cola,rte", "^task cola is for GLUE's server, task rte for SuperGLUE's; not both; give some of them with --task$"),
+    ):
+        (run / "config.yaml").write_text(text.replace("task: cola", f"task: {tasks}"))
+        with pytest.raises(UserError, match=said):
+            predict_runs([run], tmp_path / "to", str(data), None, None, quiet_console())
+    assert not (tmp_path / "to").exists()

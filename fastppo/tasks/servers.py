@@ -38,6 +38,11 @@ BY_ID = ("cola", "sst2", "mrpc", "qqp", "wnli", "copa", "multirc")
 """Tasks whose labels are written as their ids; the others by name."""
 
 
+def has_server(task: Task) -> bool:
+    """Whether one takes a task's test answers."""
+    return any(name == task.name for server in (GLUE, SUPERGLUE) for name, _ in server.files)
+
+
 def server_of(task: Task, superglue: bool) -> Server:
     """The server that takes a task's test answers. superglue: which of the two, for a task of both.
 
