@@ -238,7 +238,7 @@ def _say_built_in(settings: config.Config, tasks: "Sequence[Task]", console: Any
     if not builtin:
         return
     hub = tasks[0].hub
-    data = "FOLDER" if len(tasks) > 1 else ":".join(hub) if hub else settings.data
+    data = settings.data or "FOLDER" if len(tasks) > 1 else ":".join(hub) if hub else settings.data
     on = "" if data is None else f" --data {shlex.quote(data)}"
     real = f"fastppo train --task {shlex.quote(settings.task)} --model Qwen/Qwen2.5-0.5B{on}"
     said = f"using the built-in {' and '.join(builtin)}; for a real one: {real}"

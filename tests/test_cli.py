@@ -233,6 +233,7 @@ def test_model_and_data_on_this_disk_are_kept_by_their_whole_path(tmp_path, monk
         ("", "model and corpus; for a real one: {} --task cola --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:cola\n"),
         ("--task sst2 --data d", "model; for a real one: {} --task sst2 --model Qwen/Qwen2.5-0.5B --data nyu-mll/glue:sst2\n"),
         ("--task sst2,cola", "model and corpus; for a real one: {} --task sst2,cola --model Qwen/Qwen2.5-0.5B --data FOLDER\n"),
+        ("--task sst2,cola --data /d", "model; for a real one: {} --task sst2,cola --model Qwen/Qwen2.5-0.5B --data /d\n"),
         ("--model m", "corpus; for a real one: "),
         ("--model m --data d", None),
     ],

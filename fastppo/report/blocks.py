@@ -32,7 +32,7 @@ from markupsafe import Markup
 from fastppo.errors import printable
 
 WIDTH, HEIGHT = 360, 200  # of a chart, in units that are about a pixel on a phone and in three columns of a wide screen
-LEFT, RIGHT, TOP, BOTTOM = 50, 8, 8, 24  # of these for what stands around the plot
+LEFT, RIGHT, TOP, BOTTOM = 50, 16, 8, 24  # of these for what stands around the plot
 COLORS = 8  # different ones in the style sheet
 HOVERED = 500  # points of a chart up to which each says its value
 LONGEST_TEXT = 800
