@@ -121,7 +121,7 @@ def without_sampler(loop: FastppoLoop) -> Iterator[None]:
 @torch.no_grad()
 def _transformers_generate(
     model: ActorCritic, prompts: list[list[int]], samples: int, sampling: Sampling, *, seed: int, first_id: int = 0,
-    answers: None = None, finished: None = None,
+    answers: None = None, roots: None = None, finished: None = None,
 ) -> Rollout:  # fmt: skip
     base = model.base.model
     longest = max(map(len, prompts))

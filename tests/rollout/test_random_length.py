@@ -12,13 +12,14 @@ from fastppo import trainer
 from fastppo.algorithms.optim import make_optimizer
 from fastppo.errors import UserError
 from fastppo.rollout.sampler import Sampling
+from fastppo.streams import PPO_LENGTH, rng
 
 LENGTHS = {"sample__max_new_tokens_from": 3, "sample__max_new_tokens": 6}
 
 
 def drawn(step, **settings):
     config = make_config("llama", **settings)
-    return Sampling.drawn(config, trainer._rng(config, trainer.PPO_LENGTH, step)).max_new_tokens
+    return Sampling.drawn(config, rng(config.seed, PPO_LENGTH, step)).max_new_tokens
 
 
 def test_both_ends_are_drawn_and_all_as_often():
