@@ -9,7 +9,8 @@ OUT gets ``text.txt`` for ``python -m fastppo.builtin.pretrain --text``, one doc
 The rows of SST-2 are phrases of parsed sentences, so its test sentences are 1,000 whole sentences of its train set, and no row
 that is left for training is one of them or a part of one. CoLA keeps its own dev split; of its train split the unacceptable
 sentences, three in ten, stand twice, or a policy that is rewarded for being right learns to accept every sentence. The text
-holds no label of either task; behind BLiMP's sentences stand the marks of linguists, an asterisk where one is unacceptable.
+has SST-2's phrases without labels and of CoLA the acceptable sentences alone; behind BLiMP's sentences stand the marks of
+linguists, an asterisk where one is unacceptable.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench import nlu_data
+from fastppo.study import spec
 from fastppo.tasks import get_task, load_data
 
 SENTENCES = [
@@ -45,3 +46,10 @@ def test_the_text_has_no_test_sentence_and_both_tasks_load(made: Path, shared_da
     pairs = [pair for path in sorted((shared_data / "blimp").glob("*.jsonl")) for pair in nlu_data.objects(path)]
     assert judged >= {pair[f"sentence_{which}"] for pair in pairs for which in ("good", "bad")}
     assert not judged & {example.fields["sentence"] for example in (*cola.train, *cola.dev)}
+
+
+def test_the_study_of_the_readme_can_be_read() -> None:
+    study = spec.Study(**spec.read(Path(nlu_data.__file__).with_name("nlu_study.yaml")))
+    spec.check(study)
+    start = {task: study.config(task, study.methods[2], 0).sft.examples for task in study.tasks}
+    assert start == {"sst2": 16_000, "cola": 4_000} and [method.name for method in study.methods] == ["zero-shot", "sft", "ppo"]
